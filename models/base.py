@@ -1,0 +1,144 @@
+"""The interface that a model family must meet, and the few values that cross it.
+
+Legend used across the tree: B micro-batch, C latent channels, F pixel frames, T latent frames, H W latent height and
+width, h w pixels, L tokens, S caption tokens, D width. t and sigma lie in [0, 1] and **1 is noise**.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class MediaSpec(NamedTuple):
+    """What a family asks of the pixels it is fed."""
+
+    fps: Fraction  # frames a second that the model was trained at
+    pixel_multiple: int  # both sides of a bucket are multiples of this, px
+    frame_stride: int  # a clip has frame_stride * k + 1 frames
+    images: bool  # whether a clip of one frame can be trained on
+
+
+class Draw(NamedTuple):
+    """The randomness of one sample in one step, made from counters and never from process state."""
+
+    quantile: float  # place on the timestep distribution, in (0, 1)
+    seed: int  # seed of the noise
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass: tensors for the first stage and tensors for the last. No None, B first in every tensor."""
+
+    inputs: tuple[Tensor, ...]
+    target: tuple[Tensor, ...]
+
+
+class Encoder(ABC):
+    """A frozen network that runs once a sample, while caching. Made cheap; `load` brings the weights."""
+
+    kind: ClassVar[str]  # the cache folder: "latents" or "text"
+    reads: ClassVar[Literal["pixels", "caption"]]
+
+    @abstractmethod
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Every setting that changes the output, JSON-able. Weight files are listed as `{"files": [str path, ...]}`;
+        whoever makes the cache key hashes their content."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> None:
+        """Bring the weights to `device`."""
+
+    @abstractmethod
+    def encode(self, items: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """One dict of CPU tensors an item.
+
+        `reads == "pixels"`: items are uint8 arrays or tensors [F, h, w, 3] of one shape.
+        `reads == "caption"`: items are strings.
+        """
+
+    @abstractmethod
+    def unload(self) -> None:
+        """Drop the weights and give the device its memory back."""
+
+
+class WeightSource(Protocol):
+    """Tensors of a checkpoint under the skeleton's names, whatever the layout on disk."""
+
+    def names(self) -> set[str]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored, on the CPU; only this one is read from disk."""
+
+
+class ModelFamily(ABC):
+    """All that the trainer knows of a model. Holds settings, never weights, so it pickles.
+
+    `Config` is the pydantic model of the `[model]` table. The constructor may read small files (config.json) and tensor
+    headers, raises `ValueError` or `FileNotFoundError` naming the key and the mend, and loads no weights.
+    """
+
+    Config: ClassVar[type]
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What was found, for the banner: `Wan2.1 T2V 1.3B`."""
+
+    @property
+    @abstractmethod
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products run in (`[model] dtype`)."""
+
+    @abstractmethod
+    def media_spec(self) -> MediaSpec: ...
+
+    @abstractmethod
+    def encoders(self) -> Sequence[Encoder]:
+        """In the order they should run; never two loaded at once."""
+
+    @abstractmethod
+    def micro_batch(self, samples: Sequence[Mapping[str, Tensor]], draws: Sequence[Draw]) -> MicroBatch:
+        """`samples` are merged cache entries of one bucket (CPU tensors), `draws` one a sample."""
+
+    @abstractmethod
+    def build_skeleton(self) -> nn.Module:
+        """The whole model, parameters on meta and buffers real."""
+
+    @abstractmethod
+    def pipeline_layers(self, skeleton: nn.Module) -> list[nn.Module]:
+        """The skeleton cut into layers that run one after another: tuple of tensors in, tuple out; the last returns the
+        prediction. Layers keep the skeleton's own modules, so names can be looked up there. A layer with attribute
+        `checkpointable = True` may be recomputed in the backward pass."""
+
+    @abstractmethod
+    def open_weights(self) -> WeightSource:
+        """Raises `ValueError` with counts, first names and file for missing, unexpected or mis-shaped tensors."""
+
+    @abstractmethod
+    def storage_dtype(self, name: str) -> torch.dtype:
+        """What the skeleton's parameter `name` is kept in while it is frozen."""
+
+    @abstractmethod
+    def lora_targets(self, skeleton: nn.Module) -> list[str]:
+        """Names of the Linear modules that get an adapter."""
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
+        """One loss a sample, float32 [B]. Means over samples are taken by whoever knows the global batch."""
+
+    @abstractmethod
+    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
+        """Write the adapter for other programs. Keys are `<module name>.lora_A.weight` / `.lora_B.weight` under the
+        skeleton's module names; metadata goes into the safetensors header (rank and alpha are in it)."""
+
+    @abstractmethod
+    def load_lora(self, path: Path) -> dict[str, Tensor]:
+        """The inverse of `save_lora`, alpha folded in, from a file or a folder."""
+
+    @abstractmethod
+    def save_full(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
+        """Write the whole model under the names its official code reads."""

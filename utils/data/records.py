@@ -1,0 +1,56 @@
+"""The nouns of the data path, frozen: MediaFile, Clip, Bucket, Entry."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Bucket(NamedTuple):
+    """One tensor shape; every sample of a step has the same."""
+
+    width: int  # px
+    height: int  # px
+    frames: int  # 1 is an image
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+
+@dataclass(frozen=True, slots=True)
+class MediaFile:
+    """One file as probed. Images have frames == 1, fps == 0 and is_video False."""
+
+    path: Path
+    content_hash: str  # of the file's bytes, hex
+    width: int  # px, after the rotation flag
+    height: int  # px, after the rotation flag
+    frames: int  # as counted or told by the container
+    fps: Fraction  # average rate of the source
+    duration: Fraction  # s
+    is_video: bool
+    captions: tuple[str, ...]  # empty where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Frames chosen from one file, and the shape they are brought to. `times` is not stored: frame i shows the moment
+    start + i / fps."""
+
+    media: MediaFile
+    bucket: Bucket
+    start: Fraction  # s
+    fps: Fraction  # target rate; 0 for an image
+    group: int  # index of the [[directory]] it comes from
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One trainable sample: what the cache holds for it and where it belongs."""
+
+    sample_id: str  # stable name: equal content, frames, shape and captions give equal ids; seeds derive from it
+    name: str  # for people: the file's name, with the start where a file gives several clips
+    bucket: Bucket
+    group: int  # index of the [[directory]]
+    latents_key: str
+    text_keys: tuple[str, ...]  # one a caption; a draw picks one
