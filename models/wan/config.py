@@ -1,0 +1,108 @@
+"""The `[model]` table of a Wan run: its keys, their ranges and defaults."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+StorageDtype = Literal["float32", "bfloat16", "float16", "float8", "float8_e4m3fn", "float8_e5m2"]
+# strict mode takes no string for a Path; TOML has nothing else to give
+FilePath = Annotated[Path, Field(strict=False)]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+
+
+class WanModelConfig(BaseModel):
+    """All keys of `[model]` for `type = "wan"`. Paths are relative to the working directory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    type: Literal["wan"] = Field("wan", description="The model family.")
+
+    ckpt_path: FilePath | None = Field(
+        None, description="Checkpoint folder, in the official layout or in diffusers'. Gives whatever no other key gives."
+    )
+    transformer_path: FilePath | None = Field(
+        None, description="Transformer from elsewhere: one safetensors or pth file, or a folder with its shards."
+    )
+    vae_path: FilePath | None = Field(None, description="VAE from elsewhere: a pth or safetensors file, or a folder.")
+    llm_path: FilePath | None = Field(
+        None, description="UMT5-XXL from elsewhere: a pth or safetensors file, or a transformers folder."
+    )
+    tokenizer_path: FilePath | None = Field(
+        None, description="Folder with UMT5's tokenizer, where it lies neither in ckpt_path nor beside llm_path."
+    )
+
+    dtype: Dtype = Field("bfloat16", description="What matrix products run in, and what weights are kept in.")
+    transformer_dtype: StorageDtype | None = Field(
+        None,
+        description="What the frozen Linear weights of the transformer's blocks are kept in; dtype unless given. "
+        "float8 halves their memory; norms, biases, embeddings and modulation stay as they are.",
+    )
+    vae_dtype: Dtype | None = Field(None, description="What the VAE runs in while caching; dtype unless given.")
+
+    timestep_sample_method: Literal["logit_normal", "uniform"] = Field(
+        "logit_normal", description="Distribution of the timestep before the shift."
+    )
+    sigmoid_scale: float = Field(1.0, gt=0, description="Standard deviation of the logit; logit_normal only. Above 0.")
+    shift: float | None = Field(
+        None, gt=0, description="Static flow shift; above 1 trains more on noisy timesteps. Above 0; none unless given."
+    )
+    flux_shift: bool = Field(False, description="Shift that grows with width x height, as FLUX has it; frames are ignored.")
+    min_t: float = Field(0.0, ge=0, lt=1, description="Lowest timestep trained on. In [0, 1), 1 is noise.")
+    max_t: float = Field(1.0, gt=0, le=1, description="Highest timestep trained on. In (0, 1], 1 is noise.")
+
+    cache_text_embeddings: bool = Field(
+        True, description="Text is always encoded once and cached; only true is accepted."
+    )
+    text_max_length: int = Field(
+        512, ge=1, le=512, description="Longest caption in tokens; the rest is cut off. 1 to 512, as Wan was trained."
+    )
+
+    @field_validator("dtype", "vae_dtype", mode="before")
+    @classmethod
+    def _no_float8_compute(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("float8"):
+            raise ValueError(f"{value} is for stored weights only: set transformer_dtype = {value!r} and leave dtype bfloat16")
+        return value
+
+    @field_validator("cache_text_embeddings")
+    @classmethod
+    def _text_is_cached(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("text is always cached; remove the key")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "WanModelConfig":
+        if self.shift is not None and self.flux_shift:
+            raise ValueError("shift and flux_shift exclude each other; remove one")
+        if self.min_t >= self.max_t:
+            raise ValueError(f"min_t = {self.min_t} must be below max_t = {self.max_t}")
+        if not (self.ckpt_path or self.transformer_path):
+            raise ValueError("ckpt_path is missing: the folder of a Wan checkpoint, for instance models/Wan2.1-T2V-1.3B")
+        return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What matrix products run in."""
+        return DTYPES[self.dtype]
+
+    @property
+    def linear_dtype(self) -> torch.dtype:
+        """What frozen Linear weights of the blocks are kept in."""
+        return DTYPES[self.transformer_dtype or self.dtype]
+
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        """What the VAE runs in."""
+        return DTYPES[self.vae_dtype or self.dtype]

@@ -1,0 +1,182 @@
+"""Wan's transformer as pipeline layers around diffusers' own modules: embed, block, head.
+
+What passes between layers is `(x, text, time6, time)`, floats only:
+    x      [B, T, H', W', D]  hidden states in the compute dtype; the token grid is its shape, so no integers are sent
+    text   [B, S, D]          caption states in the compute dtype
+    time6  [B, 6, D]          shift, scale and gate of the two halves of a block, float32
+    time   [B, D]             for the head's modulation, float32
+"""
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+from torch import Tensor, nn
+
+Boundary = tuple[Tensor, Tensor, Tensor, Tensor]
+
+TIMESTEP_SCALE = 1000.0  # Wan counts time from 0 to 1000, the pipeline from 0 to 1
+ROTARY_GRIDS_KEPT = 4  # 33 MB each at 832x480 and 81 frames
+
+
+def timestep_sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Cosines then sines of t over geometric frequencies down to 1/10000 (the official `sinusoidal_embedding_1d`).
+
+    Args:
+        t: model timesteps in [0, 1000], [B].
+
+    Returns:
+        [B, dim], float32. Angles are float64: at t near 1000 a float32 angle has lost 4 of its 7 digits.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64, device=t.device))
+    angles = t.double()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+class RotaryTables:
+    """Rotary cosines and sines of the token grids seen last, one object for all blocks of a skeleton.
+
+    Not a module: its tables are made from nothing but the grid and belong to no layer.
+    """
+
+    def __init__(self, rope: WanRotaryPosEmbed) -> None:
+        self._rope = rope
+        self._tables: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = OrderedDict()
+
+    @torch.compiler.disable  # the cache is Python state; compiled code would check it on each call
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for the grid of x [B, T, H', W', D], each [1, L, 1, head dim] on its device."""
+        grid = x.shape[1:4]
+        key = (*grid, x.device)
+        if key not in self._tables:
+            _, rows, columns = self._rope.patch_size
+            latents = torch.empty(1, 1, grid[0], grid[1] * rows, grid[2] * columns, device="meta")  # only its shape counts
+            cos, sin = self._rope(latents)
+            self._tables[key] = (cos.to(x.device), sin.to(x.device))
+            if len(self._tables) > ROTARY_GRIDS_KEPT:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(key)
+        return self._tables[key]
+
+
+class EmbedLayer(nn.Module):
+    """Latents, timestep and caption to the first boundary."""
+
+    def __init__(self, skeleton: WanTransformer3DModel, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patch_embedding = skeleton.patch_embedding
+        self.condition_embedder = skeleton.condition_embedder
+        self._freq_dim: int = skeleton.config.freq_dim
+        self._compute_dtype = compute_dtype
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Boundary:
+        """`(x_t [B, C, T, H, W] float32, t [B] in [0, 1], text [B, S, text dim])` to the boundary."""
+        x_t, t, text = inputs
+        x = self.patch_embedding(x_t.to(self._compute_dtype)).movedim(1, -1).contiguous()
+        time, time6 = self._embed_time(t)
+        text = self.condition_embedder.text_embedder(text.to(self._compute_dtype))
+        return x, text, time6, time
+
+    def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, D] and [B, 6, D], all in float32: in bfloat16 timesteps near 1000 would be 4 apart."""
+        embedder = self.condition_embedder.time_embedder
+        with torch.autocast(t.device.type, enabled=False):
+            sinusoid = timestep_sinusoid(t.double() * TIMESTEP_SCALE, self._freq_dim)
+            time = _linear_float32(embedder.linear_2, F.silu(_linear_float32(embedder.linear_1, sinusoid)))
+            time6 = _linear_float32(self.condition_embedder.time_proj, F.silu(time)).unflatten(1, (6, -1))
+        return time, time6
+
+
+def _linear_float32(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear(x)` in float32 even where a full fine-tune keeps the weights in another dtype."""
+    return F.linear(x, linear.weight.float(), linear.bias.float())
+
+
+class BlockLayer(nn.Module):
+    """One transformer block: boundary to boundary."""
+
+    checkpointable = True
+
+    def __init__(self, block: WanTransformerBlock, rotary: RotaryTables) -> None:
+        super().__init__()
+        self.block = block
+        self._rotary = rotary
+
+    def forward(self, boundary: Boundary) -> Boundary:
+        x, text, time6, time = boundary
+        tokens = self.block(x.flatten(1, 3), text, time6, self._rotary(x))
+        return tokens.view_as(x), text, time6, time
+
+
+class HeadLayer(nn.Module):
+    """The last boundary to the prediction."""
+
+    def __init__(self, skeleton: WanTransformer3DModel) -> None:
+        super().__init__()
+        self.norm_out = skeleton.norm_out
+        self.proj_out = skeleton.proj_out
+        # The head's modulation hangs on the skeleton itself. Sharing the dict, and not only the parameter in it, keeps
+        # both in step when a stage replaces the meta parameter by a real one, on whichever side it does so.
+        assert set(skeleton._parameters) == {"scale_shift_table"}, "diffusers gave the model parameters of its own"
+        self._parameters = skeleton._parameters
+        self._patch: tuple[int, int, int] = tuple(skeleton.config.patch_size)
+
+    def forward(self, boundary: Boundary) -> Tensor:
+        """The velocity v [B, C, T, H, W], float32."""
+        x, _, _, time = boundary
+        shift, scale = (self.scale_shift_table.float() + time[:, None]).chunk(2, dim=1)
+        modulated = self.norm_out(x.flatten(1, 3).float()) * (1 + scale) + shift
+        patches = self.proj_out(modulated.to(x.dtype)).float()
+        return _unpatchify(patches.unflatten(1, x.shape[1:4]), self._patch)
+
+
+def _unpatchify(patches: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """[B, T', H', W', pt * ph * pw * C] to [B, C, T, H, W]."""
+    split = patches.unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return split.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class CastLinear(nn.Linear):
+    """A frozen Linear whose weight is stored in one dtype, float8 for instance, and used in another."""
+
+    def __init__(self, linear: nn.Linear, storage_dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+        super().__init__(
+            linear.in_features, linear.out_features, linear.bias is not None, device="meta", dtype=compute_dtype
+        )
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=storage_dtype), requires_grad=False)
+        self._compute_dtype = compute_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self._compute_dtype)
+        return _CastMatmul.apply(x.to(self._compute_dtype), self.weight, bias)
+
+
+class _CastMatmul(torch.autograd.Function):
+    """x @ W^T + b with W cast on use. Plain autograd would keep the cast copy of every weight until the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert not weight.requires_grad, "a weight stored in another dtype than it is used in cannot be trained"
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
+
+
+class CastRMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight may be stored in more bits than its input has.
+
+    torch has a fused kernel, with sums in float32, only where both dtypes are equal; the fallback is slower and keeps
+    float32 copies of the activations.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -1,0 +1,165 @@
+"""Which Wan a checkpoint is, and its sizes: a table of released variants, read off the config and tensor shapes."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.base import MediaSpec
+
+PATCH = (1, 2, 2)  # latent frames, rows and columns that make a token
+TEXT_LENGTH = 512  # tokens that cross attention sees; shorter captions are followed by zeros
+HEAD_DIM = 128  # of every released Wan
+SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
+
+
+class Variant(NamedTuple):
+    """A kind of Wan, told by tensors that only it has, and by its channels."""
+
+    title: str
+    model_type: str  # as the official config.json calls it
+    marks: tuple[str, ...]  # one of these is part of a tensor's name, in official or diffusers naming
+    channels: tuple[int, int] | None  # in and out of the transformer; None where marks say enough
+    media: MediaSpec | None  # None: not supported yet
+
+
+_WAN21_MEDIA = MediaSpec(fps=Fraction(16), pixel_multiple=16, frame_stride=4, images=True)
+
+# the first row that fits is it, so rows with marks stand first
+VARIANTS = (
+    Variant("VACE", "vace", ("vace_blocks.",), None, None),
+    Variant("S2V", "s2v", ("audio_injector.", "casual_audio_encoder."), None, None),
+    Variant("Animate", "animate", ("pose_patch_embedding.",), None, None),
+    Variant("Fun-Control", "fun_control", ("ref_conv.", "control_adapter."), None, None),
+    Variant("Wan2.1 FLF2V", "flf2v", ("img_emb.emb_pos", "image_embedder.pos_embed"), (36, 16), None),
+    Variant("Wan2.1 I2V", "i2v", ("img_emb.", "image_embedder."), (36, 16), None),
+    Variant("Wan2.2 I2V-A14B", "i2v", (), (36, 16), None),
+    Variant("Wan2.2 TI2V-5B", "ti2v", (), (48, 48), None),
+    Variant("Fun-Control", "fun_control", (), (48, 16), None),
+    Variant("Wan2.1 T2V", "t2v", (), (16, 16), _WAN21_MEDIA),
+)
+
+
+class Architecture(NamedTuple):
+    """Sizes of the transformer."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    freq_dim: int  # of the sinusoid that embeds the timestep
+    in_dim: int  # latent channels in
+    out_dim: int  # latent channels out
+    text_dim: int
+    eps: float
+
+    def diffusers_arguments(self) -> dict[str, Any]:
+        """What `WanTransformer3DModel` is built with."""
+        return {
+            "patch_size": PATCH,
+            "num_attention_heads": self.num_heads,
+            "attention_head_dim": self.dim // self.num_heads,
+            "in_channels": self.in_dim,
+            "out_channels": self.out_dim,
+            "text_dim": self.text_dim,
+            "freq_dim": self.freq_dim,
+            "ffn_dim": self.ffn_dim,
+            "num_layers": self.num_layers,
+            "eps": self.eps,
+        }
+
+    def official_config(self, model_type: str) -> dict[str, Any]:
+        """The config.json that the official code reads."""
+        own = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": model_type}
+        return {**own, "text_len": TEXT_LENGTH, **self._asdict()}
+
+
+# a size -> tensor that shows it, and how
+SHAPE_OF: dict[str, tuple[str, int]] = {
+    "dim": ("patch_embedding.weight", 0),
+    "in_dim": ("patch_embedding.weight", 1),
+    "ffn_dim": ("blocks.0.ffn.net.0.proj.weight", 0),
+    "freq_dim": ("condition_embedder.time_embedder.linear_1.weight", 1),
+    "text_dim": ("condition_embedder.text_embedder.linear_1.weight", 1),
+}
+DIFFUSERS_KEYS = {
+    "num_attention_heads": "num_heads",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "text_dim": "text_dim",
+    "num_layers": "num_layers",
+    "eps": "eps",
+}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Sizes that a config.json of either naming tells, under `Architecture`'s names; other keys are left out."""
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
+    if "attention_head_dim" not in raw:
+        return {key: raw[key] for key in Architecture._fields if raw.get(key) is not None}
+    sizes = {ours: raw[theirs] for theirs, ours in DIFFUSERS_KEYS.items() if raw.get(theirs) is not None}
+    return {**sizes, "dim": raw["attention_head_dim"] * raw["num_attention_heads"]}
+
+
+def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the tensors show, by skeleton names; sizes whose tensor is absent are left out."""
+    sizes: dict[str, Any] = {size: shapes[name][axis] for size, (name, axis) in SHAPE_OF.items() if name in shapes}
+    if "proj_out.weight" in shapes:
+        sizes["out_dim"] = shapes["proj_out.weight"][0] // math.prod(PATCH)
+    blocks = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
+    if blocks:
+        sizes["num_layers"] = max(blocks) + 1
+    return sizes
+
+
+def architecture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+    """Sizes from the config, and from tensor shapes where it is silent.
+
+    Raises:
+        ValueError: a size that neither tells.
+    """
+    sizes = {"eps": 1e-6, **sizes_from_shapes(shapes), **config}
+    if "num_heads" not in sizes and sizes.get("dim", 1) % HEAD_DIM == 0:
+        sizes["num_heads"] = sizes["dim"] // HEAD_DIM
+    missing = [size for size in Architecture._fields if size not in sizes]
+    if missing:
+        raise ValueError(f"neither a config.json nor the tensors tell {', '.join(missing)}: put the config.json beside them")
+    return Architecture(**{size: sizes[size] for size in Architecture._fields})
+
+
+def detect(sizes: Architecture, names: Collection[str]) -> Variant:
+    """The first row of `VARIANTS` that fits.
+
+    Args:
+        names: of all tensors in the files, as they are spelt there.
+
+    Raises:
+        ValueError: no row fits, or the row is not supported yet.
+    """
+    channels = (sizes.in_dim, sizes.out_dim)
+    for variant in VARIANTS:
+        marked = not variant.marks or any(mark in name for mark in variant.marks for name in names)
+        if marked and variant.channels in (None, channels):
+            break
+    else:
+        raise ValueError(f"a transformer with {channels[0]} channels in and {channels[1]} out is no known Wan")
+    if variant.media is None:
+        supported = ", ".join(row.title for row in VARIANTS if row.media)
+        raise ValueError(
+            f"this is {variant.title} ({size_name(sizes)}, {channels[0]} channels in, {channels[1]} out), which cannot be "
+            f"trained yet; supported: {supported}"
+        )
+    return variant
+
+
+def size_name(sizes: Architecture) -> str:
+    """What people call the size: `1.3B`, `14B`; `custom size` for others."""
+    return SIZES.get(sizes.dim, "custom size")

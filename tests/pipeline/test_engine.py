@@ -1,0 +1,109 @@
+"""The engine against a plain single-process loop: same weights, norms and losses whatever the cut."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import flow_match
+from models.base import Draw, MicroBatch
+from tests.helpers.launch import gather_results, relative_error, run_ranks
+from tests.helpers.toy import ToyFamily, ToyWeights
+
+GLOBAL_BATCH, STEPS, CLIP, LR = 4, 4, 0.05, 0.5
+
+
+def sample(step: int, slot: int) -> tuple[dict[str, torch.Tensor], Draw]:
+    """Shapes change with the step, as buckets do."""
+    noise = flow_match.seeded_noise((16, 1 + step % 2, 4, 4), 100 * step + slot)
+    return {"latents": noise, "text": noise.flatten()[:6].reshape(2, 3)}, Draw(
+        (slot + 0.5) / GLOBAL_BATCH, step * 7 + slot
+    )
+
+
+def batch(step: int, slots: list[int]) -> MicroBatch:
+    samples, draws = zip(*(sample(step, slot) for slot in slots), strict=True)
+    return ToyFamily().micro_batch(samples, draws)
+
+
+@lru_cache
+def reference() -> dict[str, torch.Tensor]:
+    """A plain loop, no DeepSpeed, SGD with clipping active."""
+    model = torch.nn.Module()
+    model = ToyFamily().build_skeleton().to_empty(device="cpu")
+    weights = ToyWeights()
+    model.load_state_dict({name: weights.read(name) for name in weights.names()})
+    layers = ToyFamily().pipeline_layers(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    clipped = 0
+    for step in range(STEPS):
+        values = batch(step, list(range(GLOBAL_BATCH)))
+        x = values.inputs
+        for layer in layers:
+            x = layer(x)
+        ToyFamily().loss(x, values.target).mean().backward()
+        clipped += float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)) > CLIP
+        optimizer.step()
+        optimizer.zero_grad()
+    assert clipped == STEPS, "clipping must be active for the test to mean anything"
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def train(folder: Path, cases: list[dict]) -> list[dict]:
+    """On every rank: each case is a build of the engine and four steps."""
+    from utils.train.build import EngineSettings, OptimizerSettings, build_engine
+    from utils.train.engine import init_distributed
+
+    init_distributed()
+    results = []
+    for case in cases:
+        settings = EngineSettings(
+            stages=case["stages"],
+            micro_batches=case["gas"],
+            optimizer=OptimizerSettings("sgd", LR),
+            gradient_clipping=CLIP,
+            checkpointing=case["checkpointing"],
+            offload_checkpoints=case.get("offload", False),
+        )
+        built = build_engine(ToyFamily(), settings, torch.device("cpu"))
+        engine = built.engine
+        data_ranks = engine.grid.get_data_parallel_world_size()
+        size = GLOBAL_BATCH // (case["gas"] * data_ranks)
+        for step in range(STEPS):
+            starts = [(m * data_ranks + engine.data_rank) * size for m in range(case["gas"])]
+            engine.train_step(iter([batch(step, list(range(s, s + size))) for s in starts]))
+        results.append({name: p.detach() for name, p in built.trained.items()})
+    return results
+
+
+CASES = [
+    {"stages": s, "data": d, "gas": g, "checkpointing": c}
+    for s, d in [(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2)]
+    for g in (1, 2, 4)
+    for c in (False, True)
+    if GLOBAL_BATCH % (g * d) == 0
+] + [{"stages": 2, "data": 1, "gas": 2, "checkpointing": True, "offload": True}]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    results = {}
+
+    def of(case: dict) -> dict[str, torch.Tensor]:
+        ranks = case["stages"] * case["data"]
+        if ranks not in results:
+            cases = [c for c in CASES if c["stages"] * c["data"] == ranks]
+            parts = run_ranks("tests.pipeline.test_engine:train", ranks, tmp_path_factory.mktemp("ranks"), cases)
+            results[ranks] = [gather_results([part[i] for part in parts]) for i in range(len(cases))]
+        return results[ranks][[c for c in CASES if c["stages"] * c["data"] == ranks].index(case)]
+
+    return of
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+def test_weights_equal_a_plain_loop(case, trained):
+    got, want = trained(case), reference()
+    assert set(got) == set(want)
+    assert max(relative_error(got[name], want[name]) for name in want) < 1e-5

@@ -1,0 +1,126 @@
+"""Every sample is used equally, and a step depends on the global batch alone."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from utils.data.plan import BatchShape, EpochPlan, Item, batch_shapes, counter_uniform
+from utils.data.records import Bucket, Entry
+
+SMALL, LARGE = Bucket(64, 64, 1), Bucket(128, 64, 9)
+
+
+def entries(counts: dict[tuple[Bucket, int], int]) -> list[Entry]:
+    return [
+        Entry(f"{bucket}-{group}-{i}", f"{i}", bucket, group, "k", ("t",))
+        for (bucket, group), count in counts.items()
+        for i in range(count)
+    ]
+
+
+def plan(counts, repeats=(1.0, 1.0), shape=BatchShape(2, 2, 1), seed=1) -> EpochPlan:
+    return EpochPlan(entries(counts), repeats, lambda _: shape, seed)
+
+
+def used(p: EpochPlan, steps: int) -> Counter:
+    return Counter(item.entry for s in range(steps) for item in p.step(s).items)
+
+
+@pytest.mark.parametrize("repeats", [(1.0, 1.0), (3.0, 1.0), (1.5, 0.5)])
+@pytest.mark.parametrize("epochs", [1, 2, 5, 12])
+def test_every_sample_is_used_equally_but_for_the_part_of_a_batch_left_at_the_end(repeats, epochs):
+    counts = {(SMALL, 0): 7, (LARGE, 0): 5, (SMALL, 1): 3}
+    p = plan(counts, repeats)
+    counter = used(p, p.first_step(epochs + 1))
+    for (bucket, group), clips in counts.items():
+        uses = [counter[i] for i, e in enumerate(entries(counts)) if (e.bucket, e.group) == (bucket, group)]
+        assert len(uses) == clips
+        # one turn of difference while a turn is under way, one more for what is carried over
+        assert max(uses) <= -(-epochs * repeats[group] // 1)
+        assert min(uses) >= epochs * repeats[group] // 1 - 1
+    total = sum(counter.values())
+    drawn = sum(int(epochs * repeats[g] * n) for (_, g), n in counts.items())
+    assert drawn - 2 * 3 <= total <= drawn
+
+
+def test_nothing_is_left_over_once_epochs_fill_whole_batches():
+    p = plan({(SMALL, 0): 6}, shape=BatchShape(1, 4, 1))
+    assert [p.first_step(e) for e in (1, 2, 3, 4, 5)] == [0, 1, 3, 4, 6]
+    assert set(used(p, 3).values()) == {2}, "two epochs of six are three batches of four"
+    assert [row.left_over for row in p.counts()] == [2]
+
+
+def test_a_sample_comes_at_most_once_a_turn_and_turns_are_numbered():
+    p = plan({(SMALL, 0): 5})
+    items = [item for s in range(20) for item in p.step(s).items]
+    assert len(set(items)) == len(items)
+    assert {item.turn for item in items if item.entry == 0} == set(range(16))
+
+
+def test_the_cut_does_not_change_what_is_in_a_step():
+    counts = {(SMALL, 0): 9, (LARGE, 0): 7}
+    whole = plan(counts, shape=BatchShape(4, 1, 1))
+    for shape in (BatchShape(1, 4, 1), BatchShape(2, 1, 2), BatchShape(1, 2, 2)):
+        cut = plan(counts, shape=shape)
+        for s in range(12):
+            parts = [i for d in range(shape.data_ranks) for m in cut.step(s).micro_batches_of(d) for i in m]
+            assert sorted(parts) == sorted(whole.step(s).items)
+            assert len(parts) == 4
+        assert cut.digest() == whole.digest()
+
+
+def test_a_step_has_one_bucket_and_orders_differ_by_epoch_and_seed():
+    counts = {(SMALL, 0): 12, (LARGE, 0): 12}
+    p, other = plan(counts), plan(counts, seed=2)
+    members = entries(counts)
+    for s in range(12):
+        assert {members[item.entry].bucket for item in p.step(s).items} == {p.step(s).bucket}
+    first, second = ([i.entry for s in r for i in p.step(s).items] for r in (range(6), range(6, 12)))
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert first != [i.entry for s in range(6) for i in other.step(s).items]
+    assert p.digest() != other.digest()
+
+
+def test_steps_can_be_asked_for_in_any_order():
+    counts = {(SMALL, 0): 7, (LARGE, 0): 5}
+    forwards = [plan(counts).step(s) for s in range(15)]
+    p = plan(counts)
+    assert [p.step(s) for s in reversed(range(15))] == forwards[::-1]
+
+
+def test_epochs_without_a_full_batch_are_passed_over():
+    p = plan({(SMALL, 0): 1}, shape=BatchShape(1, 4, 1))
+    assert p.epoch_of(0) == 4
+    assert p.step(0).items == [Item(0, turn) for turn in range(4)]
+    assert p.never_used(3) == [SMALL]
+    assert p.never_used(4) == []
+
+
+def test_samples_before_a_step():
+    p = plan({(SMALL, 0): 7, (LARGE, 0): 5})
+    assert [p.samples_before(s) for s in range(8)] == [4 * s for s in range(8)]
+
+
+def test_an_empty_dataset_is_refused():
+    with pytest.raises(ValueError, match=r"no samples; see skipped.jsonl"):
+        EpochPlan([], [1.0], lambda _: BatchShape(1, 1, 1), 0)
+
+
+def test_batch_sizes_by_resolution():
+    shape = batch_shapes([[512, 4], [1024, 1]], 8, 2, 3)
+    assert shape(Bucket(512, 512, 9)) == BatchShape(4, 2, 3)
+    assert shape(Bucket(832, 480, 9)).micro_batch == 1, "a side of 632 px needs the next size up"
+    assert shape(Bucket(528, 512, 9)).micro_batch == 4, "5% leeway for rounded sides"
+    assert shape(Bucket(2048, 1024, 9)).micro_batch == 1
+    assert shape(Bucket(512, 512, 1)).micro_batch == 8
+    assert batch_shapes(3, None, 1, 1)(Bucket(512, 512, 1)).micro_batch == 3
+
+
+def test_counter_numbers_are_uniform_and_open():
+    values = [counter_uniform("x", i) for i in range(4000)]
+    assert 0 < min(values) < 0.01
+    assert 0.99 < max(values) < 1
+    assert abs(sum(values) / 4000 - 0.5) < 0.02
+    assert len(set(islice(values, 4000))) == 4000

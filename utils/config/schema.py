@@ -1,0 +1,272 @@
+"""The schema of the run TOML: one typed field a key, its meaning and unit in the docstring under it."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, model_validator
+
+from utils.config.fields import BatchSize, Cadence, Count, FloatDtype, Lax, Table, UserPath, checked, not_yet
+
+COMMAND_LINE = "remove it and give --{0} on the command line"
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Checkpointing = Annotated[
+    bool | str,
+    checked(
+        lambda value: isinstance(value, bool) or value in ("unsloth", "offload"),
+        "is not known; use true, false, 'unsloth' or 'offload' (both keep what is saved in host memory)",
+    ),
+]
+
+
+def _clip_mode(value: Any) -> Any:
+    if value == "multiple_overlapping":
+        raise ValueError("is not supported yet; use 'single_beginning' or 'single_middle'")
+    return value
+
+
+def _eval_name(name: str) -> str:
+    if not name or name == "train" or set(name) & set("/\\"):
+        raise ValueError("cannot name a graph; use a name without slashes that is not 'train'")
+    return name
+
+
+class EvalDataset(Table):
+    """One held-out set. A plain string in `eval_datasets` is the path, and the file's stem is the name."""
+
+    name: Annotated[str, AfterValidator(_eval_name)]
+    """Where its losses are shown: `<name>/loss`."""
+    config: UserPath
+    """Its dataset TOML."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"name": Path(value).stem, "config": value} if isinstance(value, str) else value
+
+
+class AdapterConfig(Table):
+    """`[adapter]`: what is trained on top of the frozen model. Without this table the whole model is trained."""
+
+    type: Annotated[
+        str,
+        checked(
+            lambda value: value == "lora",
+            "is not supported yet; use type = 'lora', or remove [adapter] to train all weights",
+        ),
+    ]
+    """`lora`."""
+    rank: Count
+    """Inner width of the two LoRA matrices."""
+    alpha: Annotated[float, Field(gt=0)] = None  # type: ignore[assignment]  # filled from rank below
+    """The LoRA is scaled by alpha / rank. Default: rank, which is a scale of 1."""
+    dropout: Fraction = 0.0
+    """Share of a LoRA's inputs zeroed while training."""
+    dtype: FloatDtype = "float32"
+    """What the LoRA's weights are kept and trained in."""
+    exclude_modules: Annotated[tuple[str, ...], Lax] = ()
+    """Modules left without a LoRA: a part of their names, or a regular expression."""
+    init_from_existing: UserPath | None = None
+    """A saved LoRA (file or folder) to start from."""
+    fuse_adapters: Annotated[tuple[Any, ...], Lax, not_yet(())] = ()
+    """diffusion-pipe: LoRAs merged into the model first. Not supported yet."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_rank(cls, value: Any) -> Any:
+        rank = value.get("rank") if isinstance(value, dict) else None
+        if isinstance(rank, int) and rank >= 1 and "alpha" not in value:
+            return {**value, "alpha": rank}
+        return value
+
+
+class OptimizerConfig(Table, extra="allow"):
+    """`[optimizer]`: keys that are not listed here go to the optimizer's own class."""
+
+    type: Annotated[str, Field(min_length=1)]
+    """adamw, adamw_optimi, stableadamw, adamw8bit, sgd, lion, prodigy, or any class of pytorch-optimizer."""
+    lr: Annotated[float, Field(gt=0)]
+    """Learning rate after warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Never applied to tensors of one dimension. Default: what the optimizer's class has."""
+    betas: Annotated[tuple[Fraction, ...], Lax] | None = None
+    """Decay of the running means. Default: what the optimizer's class has."""
+    eps: Annotated[float, Field(gt=0)] | None = None
+    """Added to the denominator. Default: what the optimizer's class has."""
+    gradient_release: Annotated[bool, not_yet(False)] = False
+    """diffusion-pipe: a step inside the backward pass. Not supported yet."""
+    beta2_half_life: Annotated[float | None, not_yet(None, "remove it and give betas")] = None
+    """diffusion-pipe: the second beta from a number of examples. Not supported yet."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What goes to the optimizer's class as it was written: all but `type`, `lr` and `weight_decay`."""
+        named = {key: value for key in ("betas", "eps") if (value := getattr(self, key)) is not None}
+        return {**named, **(self.model_extra or {})}
+
+
+class MonitoringConfig(Table):
+    """`[monitoring]`: Weights & Biases beside TensorBoard and metrics.jsonl, which are always written."""
+
+    enable_wandb: bool = False
+    """Send the numbers to Weights & Biases too."""
+    wandb_api_key: Annotated[SecretStr, Lax] = SecretStr("")
+    """Better kept in the environment variable WANDB_API_KEY. Never written to any output."""
+    wandb_tracker_name: str = ""
+    """Project name. Default: reelpipe."""
+    wandb_run_name: str = ""
+    """Default: the name of the run folder."""
+
+
+class RunConfig(Table):
+    """The top-level keys of the run TOML, and its tables apart from `[model]`, which belongs to the family."""
+
+    output_dir: UserPath
+    """Every start makes a run folder in here, named by its UTC time."""
+    dataset: UserPath
+    """Dataset TOML of the training data."""
+    eval_datasets: Annotated[tuple[EvalDataset, ...], Lax] = ()
+    """Held-out sets: `{name = '...', config = '...'}` tables, or paths."""
+    cache_dir: UserPath = None  # type: ignore[assignment]  # filled from output_dir below
+    """Encoded latents and captions. Content-addressed, so several runs may share it. Default: `<output_dir>/cache`."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Order of the data, noise, timesteps, caption dropout and LoRA initialisation all derive from it."""
+    eval_seed: Annotated[int, Field(ge=0)] = 42
+    """Noise of the evaluation. Losses of runs with equal values can be compared."""
+
+    epochs: Count
+    """Passes over the dataset, in total, resumed ones included."""
+    max_steps: Cadence = None
+    """Stop after this many optimizer steps, if that comes first."""
+    micro_batch_size_per_gpu: BatchSize = 1
+    """Clips in one forward pass of one data rank; or `[[resolution, batch], ...]`, the nearest resolution counts."""
+    image_micro_batch_size_per_gpu: BatchSize | None = None
+    """The same for images. Default: micro_batch_size_per_gpu."""
+    pipeline_stages: Count = 1
+    """Devices that one copy of the model is spread over."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches in one optimizer step; they fill the pipeline."""
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient of all trained weights together. 0 turns clipping off."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises from near zero."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up; linear and cosine end at zero."""
+    force_constant_lr: Annotated[float, Field(gt=0)] | None = None
+    """This learning rate from now on, whatever optimizer, schedule and checkpoint say."""
+    pseudo_huber_c: Annotated[float, Field(gt=0)] | None = None
+    """Pseudo-Huber loss with this c in place of the squared error."""
+    uncond_fraction: Fraction = 0.0
+    """Share of samples trained with an empty caption."""
+
+    eval_every_n_epochs: Cadence = None
+    """Evaluate after every so many epochs."""
+    eval_every_n_steps: Cadence = None
+    """Evaluate after every so many optimizer steps."""
+    eval_every_n_examples: Cadence = None
+    """Evaluate after every so many clips seen."""
+    eval_before_first_step: bool = True
+    """Evaluate the untrained model too, so that there is something to compare with."""
+    eval_micro_batch_size_per_gpu: BatchSize | None = None
+    """Default: micro_batch_size_per_gpu. Changes the speed, never the losses."""
+    image_eval_micro_batch_size_per_gpu: BatchSize | None = Field(
+        default=None,
+        validation_alias=AliasChoices("image_eval_micro_batch_size_per_gpu", "eval_image_micro_batch_size_per_gpu"),
+    )
+    """The same for images. Default: eval_micro_batch_size_per_gpu."""
+    eval_gradient_accumulation_steps: Count = 1
+    """Micro-batches sent through the pipeline together when evaluating."""
+
+    save_every_n_epochs: Cadence = None
+    """Save the LoRA or model after every so many epochs, to `epochN/`."""
+    save_every_n_steps: Cadence = None
+    """Save the LoRA or model after every so many optimizer steps, to `stepN/`."""
+    save_every_n_examples: Cadence = None
+    """Save the LoRA or model after every so many clips seen, to `stepN/`."""
+    checkpoint_every_n_epochs: Cadence = None
+    """Write the whole training state after every so many epochs, to `global_stepN/`."""
+    checkpoint_every_n_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Write the whole training state after every so many minutes, to `global_stepN/`."""
+    keep_last: Cadence = None
+    """Checkpoints kept; older ones are deleted once a newer one is complete. Default: all. Saved models always stay."""
+    save_dtype: FloatDtype | None = None
+    """What saved weights are written in. Default: what they are trained in."""
+
+    activation_checkpointing: Checkpointing = False
+    """Recompute each block in the backward pass; `unsloth` and `offload` also keep blocks' inputs in host memory."""
+    reentrant_activation_checkpointing: bool = False
+    """diffusion-pipe's other recomputation method. Not needed here: accepted, without effect."""
+    partition_method: Literal["parameters", "uniform", "manual"] = "parameters"
+    """How layers are spread over the stages: equal weights, equal counts, or at `partition_split`."""
+    partition_split: Annotated[tuple[int, ...], Lax] | None = None
+    """First layer of every stage but the first."""
+    compile: bool = False
+    """torch.compile on the blocks."""
+    blocks_to_swap: Annotated[int, not_yet(0)] = 0
+    """diffusion-pipe: blocks kept in host memory. Not supported yet."""
+    disable_block_swap_for_eval: bool = False
+    """diffusion-pipe: goes with blocks_to_swap. Accepted, without effect."""
+
+    caching_batch_size: Count = 1
+    """Clips or captions encoded together while caching."""
+    map_num_proc: Cadence = None
+    """Processes that decode while caching, for each rank's device. Default: 8, or the number of cores where fewer."""
+    video_clip_mode: Annotated[Literal["single_beginning", "single_middle"], BeforeValidator(_clip_mode)] = (
+        "single_beginning"
+    )
+    """Which part of a video that is longer than its bucket is used."""
+    skip_bad_media: bool = False
+    """Go on without files that cannot be read, listed by name. Otherwise they stop the start."""
+
+    steps_per_print: Count = 1
+    """Console: a line every so many steps where the output is no terminal."""
+    logging_steps: Count = 1
+    """TensorBoard, metrics.jsonl and wandb: numbers every so many steps."""
+    x_axis_examples: bool = False
+    """Draw the graphs over clips seen in place of steps."""
+
+    huggingface_repo: Annotated[str, not_yet("")] = ""
+    """diffusion-pipe: upload what is saved. Not supported yet."""
+    upload_hf_from_epoch: Annotated[int | None, not_yet(None)] = None
+    """diffusion-pipe: goes with huggingface_repo. Not supported yet."""
+    huber_delta: Annotated[float | None, not_yet(None, "use pseudo_huber_c")] = None
+    """diffusion-pipe: Huber loss. Not supported yet."""
+    smooth_l1_beta: Annotated[float | None, not_yet(None, "use pseudo_huber_c")] = None
+    """diffusion-pipe: smooth L1 loss. Not supported yet."""
+    max_checkpoints: Annotated[
+        int, not_yet(0, "use keep_last, which deletes old checkpoints and never saved models")
+    ] = 0
+    """diffusion-pipe: deletes old checkpoints and old models alike. Not supported."""
+    resume_from_checkpoint: Annotated[Any, not_yet(False, COMMAND_LINE.format("resume_from_checkpoint"))] = False
+    """A flag of the command line."""
+    regenerate_cache: Annotated[Any, not_yet(False, COMMAND_LINE.format("regenerate_cache"))] = False
+    """A flag of the command line."""
+
+    adapter: AdapterConfig | None = None
+    optimizer: OptimizerConfig
+    monitoring: MonitoringConfig = MonitoringConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cache_beside_runs(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "cache_dir" not in value and isinstance(value.get("output_dir"), str):
+            return {**value, "cache_dir": str(Path(value["output_dir"]) / "cache")}
+        return value
+
+    def micro_batch_size(self, width: int, height: int, frames: int, *, evaluating: bool = False) -> int:
+        """Samples in one forward pass of a bucket of `width` x `height` px and `frames` frames.
+
+        With `[[resolution, batch], ...]` the resolution nearest to sqrt(width * height) counts, the smaller on a tie.
+        """
+        setting = self.micro_batch_size_per_gpu
+        image = self.image_micro_batch_size_per_gpu
+        if evaluating:
+            setting = setting if self.eval_micro_batch_size_per_gpu is None else self.eval_micro_batch_size_per_gpu
+            image = self.image_eval_micro_batch_size_per_gpu
+        if frames == 1 and image is not None:
+            setting = image
+        if isinstance(setting, int):
+            return setting
+        side = math.sqrt(width * height)
+        return min(setting, key=lambda pair: (abs(pair[0] - side), pair[0]))[1]

@@ -1,0 +1,205 @@
+"""A TOML file as read: its values, and the line that each key stands on."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import toml
+
+Location = tuple[str | int, ...]  # ("directory", 0, "path")
+
+MAX_BYTES = 1_000_000  # a config is a few kB; a path to a weight file given by mistake should not be parsed
+SECRET_KEYS = frozenset({"wandb_api_key"})
+
+_HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+_KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_TOKEN = re.compile(r"""'{3}|"{3}|'[^']*'|"(?:\\.|[^"\\])*"|#.*|[\[\]{}]""")
+_SECRET_LINE = re.compile(rf"^(\s*(?:{'|'.join(SECRET_KEYS)})\s*=\s*)(?:'[^']*'|\"[^\"]*\"|[^\s#]+)", re.MULTILINE)
+
+# What the parser says -> what a person can do about it. Its own text is never shown: it may quote a secret.
+_SYNTAX = {
+    "Duplicate keys": "this key is there twice; remove one of them",
+    "already exists": "this table is there twice; merge the two",
+    "homogeneous": "a list mixes kinds of values; give every number in it a decimal point, or none",
+    "list index out of range": "a list mixes kinds of values; write all of its items in one form",
+    "Unbalanced quotes": "a quote is not closed",
+    "Empty value": "nothing stands after the =",
+}
+_SYNTAX_ELSE = "text needs quotes, and a list its closing bracket"
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one message a line."""
+
+    def __init__(self, messages: Sequence[str]) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = tuple(messages)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: `data` holds plain dicts, lists and scalars; `lines` the 1-based line of each key and table header."""
+
+    path: Path
+    data: dict[str, Any]
+    lines: Mapping[Location, int] = field(default_factory=dict)
+    overridden: frozenset[Location] = frozenset()
+
+    def line(self, location: Location) -> int:
+        """Line of the key or of the nearest table around it; 0 where there is none."""
+        return next((self.lines[part] for part in _outwards(location) if part in self.lines), 0)
+
+    def where(self, location: Location) -> str:
+        """What a message begins with: `run.toml:12: `, or `--set: ` for a key given on the command line."""
+        if any(part in self.overridden for part in _outwards(location)):
+            return "--set: "
+        line = self.line(location)
+        return f"{self.path}:{line}: " if line else f"{self.path}: "
+
+    def holds(self, location: Location) -> bool:
+        """Whether the file itself has a value there, rather than a default or an inherited one."""
+        node: Any = self.data
+        for part in location:
+            try:
+                node = node[part]
+            except (KeyError, IndexError, TypeError):
+                return False
+        return True
+
+
+def _outwards(location: Location) -> list[Location]:
+    return [location[:length] for length in range(len(location), 0, -1)]
+
+
+def read_toml(path: Path, named_by: str) -> Source:
+    """Parse `path`; `named_by` is what the message says named it, such as `run.toml:3: dataset`.
+
+    Raises:
+        ConfigError: no such file, too large, not UTF-8 or not TOML.
+    """
+    text = _read_text(path, f"{named_by} = '{path}'")
+    try:
+        data = toml.loads(text)
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:  # what the package lets through
+        raise ConfigError([_syntax_message(path, text, error)]) from None
+    return Source(path, _plain(data), key_lines(text))
+
+
+def _read_text(path: Path, subject: str) -> str:
+    try:
+        size = path.stat().st_size
+        raw = path.read_bytes() if size <= MAX_BYTES else b""
+    except FileNotFoundError:
+        raise ConfigError([f"{subject}: there is no such file"]) from None
+    except OSError as error:
+        raise ConfigError([f"{subject}: cannot be read ({error.strerror})"]) from None
+    if size > MAX_BYTES:
+        raise ConfigError([f"{subject}: {size:,} bytes is too large for a TOML file; is this the right file?"])
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError([f"{path}:{line}: is not UTF-8 text; save the file as UTF-8"]) from None
+
+
+def _syntax_message(path: Path, text: str, error: Exception) -> str:
+    said = str(error)
+    mend = next((mend for part, mend in _SYNTAX.items() if part in said), _SYNTAX_ELSE)
+    number = getattr(error, "lineno", None)
+    if number is None:
+        return f"{path}: is not valid TOML: {mend}"
+    rows = redacted_text(text).splitlines()
+    shown = rows[number - 1].strip()[:80] if number <= len(rows) else ""
+    return f"{path}:{number}: is not valid TOML: {shown}: {mend}"
+
+
+def _plain(value: Any) -> Any:
+    """The parser's inline tables are of a class made on the fly, which does not pickle."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def redacted_text(text: str) -> str:
+    """A config's text with its comments, secrets emptied: what may be copied into a run folder."""
+    return _SECRET_LINE.sub(r"\1''", text)
+
+
+def key_lines(text: str) -> dict[Location, int]:
+    """The line of every key and table header; a repeated `[[table]]` is counted from 0."""
+    lines: dict[Location, int] = {}
+    counts: dict[Location, int] = {}
+    table: Location = ()
+    depth, fence = 0, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        rest = line
+        if depth == 0 and not fence:
+            if header := _HEADER.match(line):
+                table = _parts(header[2])
+                if header[1] == "[[":
+                    counts[table] = counts.get(table, -1) + 1
+                    table = (*table, counts[table])
+                lines.setdefault(table, number)
+                continue
+            if key := _KEY.match(line):
+                lines.setdefault((*table, *_parts(key[1])), number)
+                rest = line[key.end() :]
+        depth, fence = _after(rest, depth, fence)
+    return lines
+
+
+def _parts(dotted: str) -> Location:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def _after(line: str, depth: int, fence: str) -> tuple[int, str]:
+    """Open brackets and the open multi-line quote once `line` has been read."""
+    position = 0
+    while position < len(line):
+        if fence:
+            end = line.find(fence, position)
+            if end < 0:
+                return depth, fence
+            position, fence = end + 3, ""
+            continue
+        token = _TOKEN.search(line, position)
+        if token is None:
+            break
+        position = token.end()
+        if token[0] in ("'''", '"""'):
+            fence = token[0]
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+    return max(depth, 0), fence
+
+
+def with_overrides(source: Source, overrides: Sequence[str]) -> Source:
+    """`source` with `key=value` and `table.key=value` set on top; the value is TOML.
+
+    Raises:
+        ConfigError: all overrides that cannot be read, at once.
+    """
+    data, errors, places = _plain(source.data), [], set(source.overridden)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        location = _parts(key)
+        if not equals or not all(location):
+            errors.append(f"--set {override}: is not key=value; write for instance --set optimizer.lr=1e-4")
+            continue
+        try:
+            value = _plain(toml.loads(f"value = {text}")["value"])
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError):
+            errors.append(f"--set {override}: the value is not TOML; text needs quotes: --set \"{key}='{text}'\"")
+            continue
+        node = data
+        for part in location[:-1]:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            errors.append(f"--set {override}: {'.'.join(map(str, location[:-1]))} is not a table")
+            continue
+        node[location[-1]] = value
+        places.add(location)
+    if errors:
+        raise ConfigError(errors)
+    return replace(source, data=data, overridden=frozenset(places))

@@ -1,0 +1,111 @@
+"""Rank facts, and the few agreements that ranks make with each other."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# A collective that waits longer than this has lost a peer. Caching has its own barrier, which may wait for hours.
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+
+
+def rank() -> int:
+    """This process's place among all, from the launcher; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The accelerator that the launcher gave this rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """gloo beside nccl on GPUs, so that host values can be agreed on without touching a stream."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        agree_on_max(0)
+
+
+def agree_on_max(value: int) -> int:
+    """The largest of all ranks' values, on the host."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=_host_group())
+    return int(shared.item())
+
+
+def from_main(value: int) -> int:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor([value], dtype=torch.int64)
+    dist.broadcast(shared, src=0, group=_host_group())
+    return int(shared.item())
+
+
+def text_from_main(text: str) -> str:
+    """Rank 0's string, on every rank."""
+    if not dist.is_initialized():
+        return text
+    data = text.encode()
+    length = from_main(len(data))
+    shared = torch.zeros(length, dtype=torch.uint8)
+    if is_main():
+        shared = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone() if data else shared
+    dist.broadcast(shared, src=0, group=_host_group())
+    return bytes(shared.tolist()).decode()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of a CPU tensor over all ranks; `values` is changed in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, group=_host_group())
+    return values
+
+
+def gather_text(text: str) -> Sequence[str]:
+    """Every rank's string, on every rank, in rank order."""
+    if not dist.is_initialized():
+        return [text]
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    longest = agree_on_max(len(data))
+    padded = torch.zeros(longest + 8, dtype=torch.uint8)
+    padded[:8] = torch.tensor(list(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+    padded[8 : 8 + len(data)] = data
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, padded, group=_host_group())
+    lengths = [int.from_bytes(bytes(part[:8].tolist()), "little") for part in parts]
+    return [bytes(part[8 : 8 + length].tolist()).decode() for part, length in zip(parts, lengths, strict=True)]
+
+
+_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def _host_group() -> dist.ProcessGroup | None:
+    """A gloo group over all ranks: agreements must work while a GPU stream is busy or stuck."""
+    if dist.get_backend() == "gloo":
+        return None
+    key = id(dist.group.WORLD)
+    if key not in _groups:
+        _groups[key] = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return _groups[key]

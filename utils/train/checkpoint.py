@@ -1,0 +1,328 @@
+"""The full training state on disk: staged, complete or absent, and readable by any number of stages.
+
+    <run>/global_step40/
+        state.json                  step, data position, course of the run, meters
+        weights_00.safetensors      trained tensors of stage 0, by name
+        optimizer_00.pt             optimizer state of stage 0, by parameter name (tensors and plain values only)
+        manifest.json               size and hash of each file above; written last
+    <run>/latest                    "global_step40"
+
+Everything is written in `<run>/tmp-global_step40` and renamed in one go, so a folder named global_step... is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from utils import dist
+from utils.monitor.logs import get_logger
+from utils.train.optimizers import load_optimizer_state_by_name, optimizer_state_by_name
+from utils.train.state import TrainState
+
+FORMAT = 1
+NAME = re.compile(r"global_step(\d+)")
+SPARE_BYTES = 64 << 20  # left free on the disk, so that logs can still be written
+
+logger = get_logger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; says what is there and what would help."""
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint says beside tensors."""
+
+    state: TrainState
+    course: dict[str, Any]
+    meters: dict[str, Any]
+
+
+def save(
+    run_dir: Path,
+    state: TrainState,
+    *,
+    course: Mapping[str, Any],
+    meters: Mapping[str, Any],
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    stage: int,
+    data_rank: int,
+    keep_last: int | None,
+) -> Path | None:
+    """Write a checkpoint; every rank calls this. Returns None, and leaves earlier checkpoints as they are, when it
+    could not be written: training can go on."""
+    final = run_dir / f"global_step{state.step}"
+    staging = run_dir / f"tmp-{final.name}"
+    payload = _payload(stage, trained, optimizer) if data_rank == 0 else {}
+    trouble = _prepare(run_dir, staging, final, payload)
+    if trouble is None:
+        trouble, files = _write_all(staging, payload)
+        if trouble is None and dist.is_main():
+            trouble = _attempt(lambda: _finish(staging, final, state, course, meters, files))
+        trouble = _first(trouble)
+    if trouble is not None:
+        if dist.is_main():
+            shutil.rmtree(staging, ignore_errors=True)
+            logger.error("checkpoint at step %d not written: %s; training goes on", state.step, trouble)
+        return None
+    if dist.is_main():
+        prune(run_dir, keep_last)
+    dist.barrier()
+    return final
+
+
+def load(
+    folder: Path,
+    *,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
+) -> Loaded:
+    """Fill this stage's parameters and optimizer from a checkpoint of any number of stages.
+
+    Args:
+        optimizer: None leaves it fresh.
+
+    Raises:
+        CheckpointError: damaged, or made by a run that trained other tensors.
+    """
+    manifest = verify(folder)
+    _load_weights(folder, manifest, trained)
+    if optimizer is not None:
+        _load_optimizer(folder, manifest, trained, optimizer)
+    content = json.loads((folder / "state.json").read_text())
+    return Loaded(TrainState(**content["state"]), content["course"], content["meters"])
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file's size and hash was compared with it."""
+    manifest = _manifest(folder)
+    if manifest is None:
+        raise CheckpointError(explain(folder.parent))
+    for name, told in manifest["files"].items():
+        if _digest(folder / name) != told["blake2b"]:
+            raise CheckpointError(f"{folder / name} is damaged: its content is not what was written; use an older one")
+    return manifest
+
+
+def find(run_dir: Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        CheckpointError: there is none; lists what there is.
+    """
+    folders = [p for p in run_dir.iterdir() if NAME.fullmatch(p.name)] if run_dir.is_dir() else []
+    for folder in sorted(folders, key=_step_of, reverse=True):
+        if _manifest(folder) is not None:
+            return folder
+        logger.warning("%s is not complete; looking for an older checkpoint", folder)
+    raise CheckpointError(explain(run_dir))
+
+
+def explain(run_dir: Path) -> str:
+    """Why nothing in `run_dir` can be resumed."""
+    if not run_dir.is_dir():
+        return f"no run folder {run_dir}; check output_dir and the name given to --resume_from_checkpoint"
+    found = []
+    for path in sorted(p for p in run_dir.iterdir() if p.is_dir()):
+        if NAME.fullmatch(path.name):
+            found.append(f"{path.name} (incomplete)")
+        elif re.fullmatch(r"(epoch|step)\d+", path.name):
+            found.append(f"{path.name} (weights only; use [adapter] init_from_existing)")
+    return f"no complete checkpoint in {run_dir}; found: {', '.join(found) or 'nothing'}"
+
+
+def prune(run_dir: Path, keep_last: int | None) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints."""
+    if keep_last is None:
+        return
+    complete = [p for p in run_dir.iterdir() if NAME.fullmatch(p.name) and _manifest(p) is not None]
+    for old in sorted(complete, key=_step_of)[:-keep_last]:
+        # under another name first: a delete that is cut short must not leave half a checkpoint
+        doomed = old.with_name(f"tmp-old-{old.name}")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def course_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that change which samples come when, as `key old -> new`."""
+    return [f"{key} {saved.get(key)} -> {now[key]}" for key in now if saved.get(key) != now[key]]
+
+
+def _step_of(folder: Path) -> int:
+    found = NAME.fullmatch(folder.name)
+    return int(found.group(1)) if found else -1
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest if all files are there at their size."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        whole = manifest["format"] == FORMAT and all(
+            (folder / name).stat().st_size == told["bytes"] for name, told in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest if whole else None
+
+
+def _payload(stage: int, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    weights = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+    return {
+        f"weights_{stage:02d}.safetensors": weights,
+        f"optimizer_{stage:02d}.pt": optimizer_state_by_name(optimizer, list(trained.items())),
+    }
+
+
+def payload_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(payload_bytes(v) for v in value.values())
+    return sum(payload_bytes(v) for v in value) if isinstance(value, list | tuple) else 0
+
+
+def _prepare(run_dir: Path, staging: Path, final: Path, payload: Mapping[str, Any]) -> str | None:
+    """A clean staging folder and room for all; the same answer on every rank."""
+    need = int(dist.sum_over_ranks(torch.tensor([payload_bytes(payload)], dtype=torch.int64)).item()) + SPARE_BYTES
+    trouble = None
+    if dist.is_main():
+
+        def prepare() -> None:
+            for old in run_dir.glob("tmp-*global_step*"):
+                shutil.rmtree(old)
+            if final.exists():
+                shutil.rmtree(final)
+            free = shutil.disk_usage(run_dir).free
+            if free < need:
+                raise OSError(
+                    f"need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free at {run_dir}; keeping earlier ones"
+                )
+            staging.mkdir()
+
+        trouble = _attempt(prepare)
+    return _first(trouble)
+
+
+def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    files: dict[str, Any] = {}
+
+    def write() -> None:
+        for name, content in payload.items():
+            path = staging / name
+            if name.endswith(".safetensors"):
+                save_file(content, path)
+            else:
+                torch.save(content, path)
+            _sync(path)
+            tensors = sorted(content) if name.endswith(".safetensors") else sorted(content["state"])
+            files[name] = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": tensors}
+
+    trouble = _first(_attempt(write))
+    for part in dist.gather_text(json.dumps(files)):
+        files |= json.loads(part)
+    return trouble, files
+
+
+def _finish(
+    staging: Path,
+    final: Path,
+    state: TrainState,
+    course: Mapping[str, Any],
+    meters: Mapping[str, Any],
+    files: dict[str, Any],
+) -> None:
+    path = staging / "state.json"
+    path.write_text(json.dumps({"state": state.to_dict(), "course": course, "meters": meters}, indent=1))
+    _sync(path)
+    files["state.json"] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
+    manifest = staging / "manifest.json"
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    _sync(manifest)
+    _sync(staging)
+    os.replace(staging, final)
+    pointer = final.parent / "tmp-latest"
+    pointer.write_text(final.name + "\n")
+    _sync(pointer)
+    os.replace(pointer, final.parent / "latest")
+    _sync(final.parent)
+
+
+def _load_weights(folder: Path, manifest: Mapping[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
+    holder = _holders(manifest, ".safetensors")
+    missing = sorted(set(trained) - set(holder))
+    if missing:
+        raise CheckpointError(
+            f"{folder} holds other tensors than this run trains: {len(missing)} missing, first {missing[0]}; "
+            "rank, exclude_modules and the kind of adapter must be those of the run"
+        )
+    for file in sorted({holder[name] for name in trained}):
+        with safe_open(folder / file, framework="pt") as reader:
+            for name in (n for n in trained if holder[n] == file):
+                value, parameter = reader.get_tensor(name), trained[name]
+                if value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{folder / file}: {name} is {list(value.shape)}, this run's is {list(parameter.shape)}"
+                    )
+                with torch.no_grad():
+                    parameter.copy_(value)
+
+
+def _load_optimizer(
+    folder: Path, manifest: Mapping[str, Any], trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    holder = _holders(manifest, ".pt")
+    merged: dict[str, Any] = {"state": {}, "groups": None}
+    for file in sorted({holder[name] for name in trained if name in holder}):
+        part = torch.load(folder / file, map_location="cpu", weights_only=True)
+        merged["state"] |= {name: value for name, value in part["state"].items() if name in trained}
+        merged["groups"] = merged["groups"] or part["groups"]
+    if merged["groups"] is None:
+        return  # an optimizer without state, such as plain SGD
+    load_optimizer_state_by_name(optimizer, list(trained.items()), merged)
+
+
+def _holders(manifest: Mapping[str, Any], ending: str) -> dict[str, str]:
+    """Which file holds which tensor."""
+    files = {name: told for name, told in manifest["files"].items() if name.endswith(ending)}
+    return {tensor: name for name, told in files.items() for tensor in told["tensors"]}
+
+
+def _attempt(action: Callable[[], Any]) -> str | None:
+    try:
+        action()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _first(trouble: str | None) -> str | None:
+    """The first rank's trouble, on every rank."""
+    return next((text for text in dist.gather_text(trouble or "") if text), None)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(16 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

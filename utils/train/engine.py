@@ -1,0 +1,265 @@
+"""DeepSpeed's pipeline engine with the instructions that move tensors, run layers and step rewritten.
+
+DeepSpeed keeps the schedule (1F1B), the process grid and the data-parallel reduction. What is overridden, and why
+(figures measured with 0.19.8):
+
+- Sending: a header carries dtype, shape and whether a gradient comes back, so a frozen embedding's outputs cost no
+  return trip and integers may cross. Upstream wants a gradient of every float and shares one receive buffer, by
+  position, between activations and gradients whatever their dtype, which deadlocks from three stages on.
+- Backward: one pass over all outputs. Upstream makes one pass an output and keeps the graph in between.
+- Scale: the loss is divided by the micro-batches once, on the last stage.
+- Clipping: the norm is taken over all stages. Upstream's counts stage 0 only.
+- The start-up broadcast is left out: all ranks read the same files, and new weights are seeded by name.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import p2p, schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from models.base import MicroBatch
+from utils import dist as ours
+from utils.train.stages import StagedModule
+
+HEADER_NUMBERS = 128  # int64 numbers of a header; a tensor takes 3 and its dimensions
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the weights have not been touched."""
+
+
+class TensorHeader(NamedTuple):
+    """What the next stage must know before it can receive a tensor."""
+
+    dtype: torch.dtype
+    wants_gradient: bool
+    shape: tuple[int, ...]
+
+
+def pack_headers(tensors: Sequence[Tensor]) -> Tensor:
+    """Headers of a tuple of tensors as int64 [HEADER_NUMBERS], on the CPU."""
+    numbers = [len(tensors)]
+    for tensor in tensors:
+        numbers += [PipelineEngine.DTYPE_TO_ID[tensor.dtype], int(tensor.requires_grad), tensor.ndim, *tensor.shape]
+    assert len(numbers) <= HEADER_NUMBERS, f"a stage boundary of {len(tensors)} tensors does not fit its header"
+    return torch.tensor(numbers + [0] * (HEADER_NUMBERS - len(numbers)))
+
+
+def unpack_headers(packed: Tensor) -> list[TensorHeader]:
+    """The inverse of `pack_headers`."""
+    numbers = iter(packed.tolist())
+    headers = []
+    for _ in range(next(numbers)):
+        dtype, wants_gradient, ndim = next(numbers), next(numbers), next(numbers)
+        shape = tuple(next(numbers) for _ in range(ndim))
+        headers.append(TensorHeader(PipelineEngine.ID_TO_DTYPE[dtype], bool(wants_gradient), shape))
+    return headers
+
+
+class ReelEngine(PipelineEngine):
+    """One rank of the pipeline. `train_batch` is DeepSpeed's; `evaluate_batches` returns losses sample by sample.
+
+    Args:
+        module: this rank's stage.
+        optimizer: over this stage's trainable parameters.
+        micro_batches: gradient accumulation steps.
+        gradient_clipping: largest norm of the whole model's gradient; 0 leaves it alone.
+        reduce_dtype: what gradients are averaged in over data ranks.
+    """
+
+    def __init__(
+        self,
+        module: StagedModule,
+        optimizer: torch.optim.Optimizer,
+        *,
+        micro_batches: int,
+        gradient_clipping: float,
+        reduce_dtype: str = "fp32",
+    ) -> None:
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # sizes differ by bucket and are ours to know
+            "gradient_accumulation_steps": micro_batches,
+            "communication_data_type": reduce_dtype,
+            "steps_per_print": None,
+        }
+        mpu = module.mpu()
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            mpu=mpu,
+            config=settings,
+            config_class=DeepSpeedConfig(settings, mpu),
+        )
+        self.max_norm = gradient_clipping
+        self.grad_norm = 0.0
+        self.bytes_sent = 0  # payload sent to other stages, for the benchmark
+        self._micro = 0
+        self.step_index = 0  # set by the loop; dropout counts from it
+        self._announce_out = self._announce_in = True  # whether a header goes, or comes, before the next tensors
+        self._incoming: list[TensorHeader] = []
+        self._sends: list[tuple[Any, Tensor]] = []
+
+    @property
+    def stage(self) -> StagedModule:
+        return self.module
+
+    @property
+    def data_rank(self) -> int:
+        return self.grid.get_data_parallel_id()
+
+    def train_step(self, batches: Iterator[MicroBatch] | None) -> float:
+        """One optimizer step; the mean loss over the global batch, on every rank.
+
+        Raises:
+            NonFiniteError: on all ranks alike, before any weight changed.
+        """
+        self._announce_out = self._announce_in = True
+        self._micro = 0
+        loss = self.train_batch(batches)
+        self._finish_sends()
+        return float(loss)
+
+    def evaluate_batches(self, batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
+        """Losses [B] of `count` micro-batches, on the last stage (elsewhere an empty list). Shapes may differ."""
+        self._announce_out = self._announce_in = True
+        self._micro = 0
+        try:
+            with torch.no_grad():
+                losses = self.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
+        finally:
+            self.module.train()
+        self._finish_sends()
+        return list(losses or [])
+
+    # --- instructions -------------------------------------------------------------------------------------------
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        self.module.random_path = (self.step_index, self._micro, self.data_rank)
+        self._micro += 1
+        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        if not self.is_last_stage():
+            self.pipe_buffers["outputs"][buffer_id] = outputs
+            return
+        losses = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
+        if not self.module.training:
+            self.fwd_outputs.append(losses.detach())
+            self.total_loss = losses.new_zeros(())
+            return
+        self.loss = losses.mean()
+        self.fwd_outputs.append(self.loss.detach())
+        self.total_loss = self.loss.detach() + (0 if self.total_loss is None else self.total_loss)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        if self.is_last_stage():
+            (self.loss / self.micro_batches).backward()
+            self.loss = self.loss.detach()
+            return
+        outputs = [t for t in self.pipe_buffers["outputs"][buffer_id] if t.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, self.grad_layer)
+        self.pipe_buffers["outputs"][buffer_id] = None
+        self.grad_layer = None
+
+    def _exec_send_activations(self, buffer_id: int) -> None:
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        if self._announce_out:
+            self._send(pack_headers(outputs).to(self.device), self.next_stage)
+            self._announce_out = not self.module.training  # a training step has one shape
+        for tensor in outputs:
+            self._send(tensor.detach(), self.next_stage)
+        if not self.module.training:
+            self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        if self._announce_in:
+            header = torch.empty(HEADER_NUMBERS, dtype=torch.int64, device=self.device)
+            p2p.recv(header, self.prev_stage)
+            self._incoming = unpack_headers(header)
+            self._announce_in = not self.module.training
+        received = []
+        for header in self._incoming:
+            tensor = torch.empty(header.shape, dtype=header.dtype, device=self.device)
+            p2p.recv(tensor, self.prev_stage)
+            received.append(tensor.requires_grad_(header.wants_gradient and self.module.training))
+        self.pipe_buffers["inputs"][buffer_id] = tuple(received)
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        for tensor in self.pipe_buffers["inputs"][buffer_id]:
+            if tensor.requires_grad:
+                self._send(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad, self.prev_stage)
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        outputs = [t for t in self.pipe_buffers["outputs"][buffer_id] if t.requires_grad]
+        self.grad_layer = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in outputs]
+        for gradient in self.grad_layer:
+            p2p.recv(gradient, self.next_stage)
+
+    def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self.grad_norm = self._whole_norm(gradients)
+        self._refuse_non_finite()
+        if self.max_norm and self.grad_norm > self.max_norm:
+            # grad_norm + 1e-6 as torch.nn.utils.clip_grad_norm_ has it
+            torch._foreach_mul_(gradients, self.max_norm / (self.grad_norm + 1e-6))
+        super()._exec_optimizer_step(lr_kwargs)
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.OptimizerStep: _exec_optimizer_step,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.RecvActivation: _exec_recv_activations,
+        schedule.SendGrad: _exec_send_grads,
+        schedule.RecvGrad: _exec_recv_grads,
+    }
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def _broadcast_model(self) -> None:
+        """Nothing to do: see the top of this file."""
+
+    def _whole_norm(self, gradients: Sequence[Tensor]) -> float:
+        """Norm of the gradient over all stages; equal on all ranks, as gradients are already averaged."""
+        square = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for gradient in gradients:
+            square += gradient.float().square().sum(dtype=torch.float64)
+        comm.all_reduce(square, group=self.grid.get_pipe_parallel_group())
+        return float(square.sqrt())
+
+    def _refuse_non_finite(self) -> None:
+        # NaN and infinity survive any sum, so a bad value on one stage or rank shows in the norm of all
+        if not torch.isfinite(torch.tensor(self.grad_norm)):
+            raise NonFiniteError(
+                f"the gradient of step {self.step_index + 1} is not finite (norm {self.grad_norm}); the weights are as "
+                "after the step before. Lower the learning rate, or look for damaged clips in this step"
+            )
+
+    def _send(self, tensor: Tensor, stage: int) -> None:
+        """Start sending; the receiver may be busy, and this rank has work to do meanwhile."""
+        tensor = tensor.contiguous()
+        self.bytes_sent += tensor.numel() * tensor.element_size()
+        self._sends = [(work, kept) for work, kept in self._sends if not work.is_completed()]
+        self._sends.append((comm.isend(tensor, self.grid.stage_to_global(stage_id=stage)), tensor))
+
+    def _finish_sends(self) -> None:
+        for work, _ in self._sends:
+            work.wait()
+        self._sends = []
+
+
+def init_distributed() -> None:
+    """Join the process group that the launcher described."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ours.local_rank())
+    deepspeed.init_distributed(
+        dist_backend=ours.backend(), auto_mpi_discovery=False, verbose=False, timeout=ours.COLLECTIVE_TIMEOUT
+    )
