@@ -123,8 +123,9 @@ class ModelFamily(ABC):
         """What the skeleton's parameter `name` is kept in while it is frozen."""
 
     @abstractmethod
-    def lora_targets(self, skeleton: nn.Module) -> list[str]:
-        """Names of the Linear modules that get an adapter."""
+    def lora_targets(self, skeleton: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
+        """Names of the Linear modules that get an adapter, less those that an entry of `exclude` matches; an entry that
+        matches nothing is a `ValueError`."""
 
     @abstractmethod
     def loss(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:

@@ -63,8 +63,8 @@ def skeleton_lora_name(name: str) -> str:
 def init_lora(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """First value of an adapter's parameter, float32 on the CPU: A as peft draws it, B zeros.
 
-    A is Kaiming-uniform with a = sqrt(5), i.e. uniform in +-1/sqrt(in) (He et al. 2015, arXiv 1502.01852). It depends on
-    `seed` and on the name only, so every way of cutting the model into stages starts from the same weights.
+    A is Kaiming-uniform with a = sqrt(5), i.e. uniform in +-1/sqrt(in) (He et al. 2015, arXiv 1502.01852). It depends
+    on `seed` and on the name only, so every way of cutting the model into stages starts from the same weights.
     """
     plain = plain_lora_name(name)
     if plain.endswith(LORA_B):
@@ -84,8 +84,8 @@ def fold_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
 def without_excluded(targets: Sequence[str], exclude: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
     """The targets that no entry of `[adapter] exclude_modules` matches.
 
-    An entry of name characters alone (`cross_attn`, `blocks.1.`) is searched as it stands, but a number in it is a whole
-    number: `blocks.1` is not `blocks.12`. Any other entry is a regular expression, searched.
+    An entry of name characters alone (`cross_attn`, `blocks.1`) is searched as it stands, but a number at its end is a
+    whole number: `blocks.1` is not `blocks.12`. Any other entry is a regular expression, searched.
 
     Args:
         aliases: what other naming has for each target, searched as well.

@@ -13,16 +13,17 @@ from torch import Tensor
 
 INDEX_SUFFIX = ".index.json"
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # what ComfyUI's single files put before a transformer's names
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of ComfyUI's single files
 HEADER_LENGTH_BYTES = 8  # a safetensors file opens with the header's length as a little-endian u64
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library: beyond it, this is no safetensors file
 
+_SCALED = "this looks like a ComfyUI fp8_scaled file, which cannot be read yet: use the bf16, fp16 or plain fp8 file"
 # part of an unexpected tensor's name -> what the file probably is
 FILE_GUESSES = {
     "lora_": "this looks like a LoRA, not a model",
-    "scale_weight": "this looks like a ComfyUI fp8_scaled file, which is not supported yet: use the bf16, fp16 or plain fp8 file",
-    "weight_scale": "this looks like a ComfyUI fp8_scaled file, which is not supported yet: use the bf16, fp16 or plain fp8 file",
-    "comfy_quant": "this looks like a ComfyUI quantised file, which is not supported yet: use the bf16 or fp16 file",
+    "scale_weight": _SCALED,
+    "weight_scale": _SCALED,
+    "comfy_quant": "this looks like a ComfyUI quantised file, which cannot be read yet: use the bf16 or fp16 file",
 }
 
 
@@ -137,15 +138,15 @@ def load_pth(file: Path) -> dict[str, Tensor]:
 class WeightReader:
     """Tensors of one model under the skeleton's names; meets `models.base.WeightSource`.
 
-    Only headers are read at first. Files that are absent or cut short are remembered in `broken` and come up in `check`,
-    so one message tells which file and which tensors.
+    Only headers are read at first. Files that are absent or cut short are remembered in `broken` and come up in
+    `check`, so one message tells which file and which tensors.
     """
 
     def __init__(self, files: Sequence[Path], key_map: KeyMap | None = None, what: str = "weights") -> None:
         """
         Args:
             files: all shards of one model, in their order.
-            key_map: how the files name things; None where they use the skeleton's names already.
+            key_map: names that the files may use; a name it does not know is taken for the skeleton's own.
             what: how messages call it, for instance `transformer`.
         """
         assert files, "no files to read"
@@ -154,7 +155,6 @@ class WeightReader:
         self.broken: list[str] = []
         self._key_map = key_map
         self._stored: dict[str, StoredTensor] = {}
-        self._unknown: list[StoredTensor] = []
         self._safetensors: dict[Path, Any] = {}
         self._pth: dict[Path, dict[str, Tensor]] = {}
         for number, file in enumerate(files, start=1):
@@ -179,10 +179,7 @@ class WeightReader:
 
     def _add(self, tensor: StoredTensor) -> None:
         plain = strip_prefix(tensor.name)
-        name = plain if self._key_map is None else self._key_map.to_skeleton(plain)
-        if name is None:
-            self._unknown.append(tensor)
-            return
+        name = (self._key_map and self._key_map.to_skeleton(plain)) or plain
         if name in self._stored:
             other = self._stored[name]
             raise ValueError(
@@ -198,6 +195,10 @@ class WeightReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by skeleton name, from the headers."""
         return {name: tensor.shape for name, tensor in self._stored.items()}
+
+    def stored_names(self) -> set[str]:
+        """The same as the files spell them."""
+        return {tensor.name for tensor in self._stored.values()}
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU; only this one is read from disk. `KeyError` for a name not in `names()`."""
@@ -215,8 +216,7 @@ class WeightReader:
             ValueError: one message with counts, first names as the files spell them, the file, and a hint.
         """
         missing = [self._file_name(name) for name in expected if name not in self._stored]
-        unexpected = [t.name for t in self._unknown]
-        unexpected += [t.name for name, t in self._stored.items() if name not in expected]
+        unexpected = [stored.name for name, stored in self._stored.items() if name not in expected]
         misshapen = [
             f"{stored.name} is {list(stored.shape)} and should be {list(expected[name])}"
             for name, stored in self._stored.items()
@@ -230,9 +230,8 @@ class WeightReader:
         raise ValueError(f"{self.what} {self.location}: {'; '.join(faults + self.broken)}. {hint}")
 
     def _file_name(self, name: str) -> str:
-        if self._key_map is None:
-            return name
-        return self._key_map.from_skeleton(name) or name
+        renamed = any(strip_prefix(stored.name) != skeleton for skeleton, stored in self._stored.items())
+        return (renamed and self._key_map and self._key_map.from_skeleton(name)) or name
 
     def _hint(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         if self.broken:

@@ -29,7 +29,8 @@ class WanModelConfig(BaseModel):
     type: Literal["wan"] = Field("wan", description="The model family.")
 
     ckpt_path: FilePath | None = Field(
-        None, description="Checkpoint folder, in the official layout or in diffusers'. Gives whatever no other key gives."
+        None,
+        description="Checkpoint folder, official or diffusers' layout. Gives whatever no other key gives.",
     )
     transformer_path: FilePath | None = Field(
         None, description="Transformer from elsewhere: one safetensors or pth file, or a folder with its shards."
@@ -57,7 +58,9 @@ class WanModelConfig(BaseModel):
     shift: float | None = Field(
         None, gt=0, description="Static flow shift; above 1 trains more on noisy timesteps. Above 0; none unless given."
     )
-    flux_shift: bool = Field(False, description="Shift that grows with width x height, as FLUX has it; frames are ignored.")
+    flux_shift: bool = Field(
+        False, description="Shift that grows with width x height, as in FLUX; frames do not count."
+    )
     min_t: float = Field(0.0, ge=0, lt=1, description="Lowest timestep trained on. In [0, 1), 1 is noise.")
     max_t: float = Field(1.0, gt=0, le=1, description="Highest timestep trained on. In (0, 1], 1 is noise.")
 
@@ -72,7 +75,7 @@ class WanModelConfig(BaseModel):
     @classmethod
     def _no_float8_compute(cls, value: object) -> object:
         if isinstance(value, str) and value.startswith("float8"):
-            raise ValueError(f"{value} is for stored weights only: set transformer_dtype = {value!r} and leave dtype bfloat16")
+            raise ValueError(f"{value} is for stored weights only: set transformer_dtype = {value!r} instead")
         return value
 
     @field_validator("cache_text_embeddings")
@@ -89,7 +92,7 @@ class WanModelConfig(BaseModel):
         if self.min_t >= self.max_t:
             raise ValueError(f"min_t = {self.min_t} must be below max_t = {self.max_t}")
         if not (self.ckpt_path or self.transformer_path):
-            raise ValueError("ckpt_path is missing: the folder of a Wan checkpoint, for instance models/Wan2.1-T2V-1.3B")
+            raise ValueError("ckpt_path is missing: the folder of a Wan checkpoint, such as models/Wan2.1-T2V-1.3B")
         return self
 
     @property

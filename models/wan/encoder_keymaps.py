@@ -58,7 +58,6 @@ VAE_NAMES = {
     },
 }
 VAE = KeyMap(VAE_NAMES)
-VAE_DIFFUSERS_MARK = "quant_conv."  # only diffusers' naming has it
 
 # official -> transformers
 TEXT_NAMES = {
@@ -77,4 +76,3 @@ TEXT_NAMES = {
     "norm": "encoder.final_layer_norm",
 }
 TEXT = KeyMap(TEXT_NAMES)
-TEXT_TRANSFORMERS_MARK = "SelfAttention."  # only transformers' naming has it

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.lora import LORA_A, LORA_B, fold_scale
-from models.weights import INDEX_SUFFIX, read_header, strip_prefix
 from models.wan.keymaps import TRANSFORMER
 from models.wan.layouts import TRANSFORMER_STEM
+from models.weights import INDEX_SUFFIX, read_header, strip_prefix
 
 LORA_FILE = "adapter_model.safetensors"
 LORA_CONFIG = "adapter_config.json"
@@ -22,14 +22,15 @@ DIFFUSERS_PREFIX = "transformer."
 ALPHA = ".alpha"
 SHARD_BYTES = 5_000_000_000  # as the official checkpoints and Hugging Face's are cut
 
-# endings that trainers give the two matrices -> ours; peft puts its adapter's name in between
-MATRIX_ENDINGS = {
+# endings that trainers give the matrices -> ours; peft puts its adapter's name in between
+ENDINGS = {
     ".lora_A.weight": LORA_A,
     ".lora_B.weight": LORA_B,
     ".lora_A.default.weight": LORA_A,
     ".lora_B.default.weight": LORA_B,
     ".lora_down.weight": LORA_A,
     ".lora_up.weight": LORA_B,
+    ALPHA: ALPHA,
 }
 
 
@@ -130,9 +131,9 @@ def load_lora(path: Path, linears: Mapping[str, LinearShape]) -> dict[str, Tenso
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """Module by skeleton name and matrix ending, or alpha; an ending of "" for what is neither."""
+    """Module by skeleton name, and which of `ENDINGS` it is; two empty strings for anything else."""
     plain = strip_prefix(key).removeprefix(DIFFUSERS_PREFIX)
-    for ending, ours in {**MATRIX_ENDINGS, ALPHA: ALPHA}.items():
+    for ending, ours in ENDINGS.items():
         if plain.endswith(ending):
             module = plain.removesuffix(ending)
             return TRANSFORMER.to_skeleton(module) or module, ours
@@ -160,7 +161,11 @@ def _folded(
 
 
 def save_full(
-    tensors: Mapping[str, Tensor], folder: Path, config: Mapping[str, Any], metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write the whole transformer under official names with its config.json, sharded where it is large.
 
@@ -172,7 +177,7 @@ def save_full(
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
     named = {_official(name): tensor for name, tensor in tensors.items()}
-    shards = list(_shards(named))
+    shards = list(_shards(named, shard_bytes))
     if len(shards) == 1:
         _write_tensors(folder / f"{TRANSFORMER_STEM}.safetensors", named, metadata)
         return folder / f"{TRANSFORMER_STEM}.safetensors"
@@ -187,12 +192,12 @@ def save_full(
     return index
 
 
-def _shards(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """Names in runs of up to `SHARD_BYTES`; a larger tensor stands alone."""
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
+    """Names in runs of up to `shard_bytes`; a larger tensor stands alone."""
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > SHARD_BYTES:
+        if names and size + tensor.nbytes > shard_bytes:
             yield names
             names, size = [], 0
         names.append(name)

@@ -1,13 +1,11 @@
 """WanFamily: ties Wan's config, files, layers and formats to the interface that the trainer knows."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
@@ -15,12 +13,12 @@ from torch import Tensor, nn
 from models import flow_match
 from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily
 from models.lora import without_excluded
-from models.weights import WeightReader
 from models.wan import export, variants
 from models.wan.config import WanModelConfig
-from models.wan.keymaps import DIFFUSERS_MARK, TRANSFORMER
+from models.wan.keymaps import TRANSFORMER
 from models.wan.layers import BlockLayer, CastLinear, CastRMSNorm, EmbedLayer, HeadLayer, RotaryTables
 from models.wan.layouts import WanFiles, find_files
+from models.weights import WeightReader
 
 ROTARY_POSITIONS = 1024  # per axis, as the official tables have it
 
@@ -57,7 +55,7 @@ class WanFamily(ModelFamily):
         reader.check(self._expected_shapes())
 
     def _reader(self) -> WeightReader:
-        return WeightReader(self._files.transformer, _key_map, what="transformer")
+        return WeightReader(self._files.transformer, TRANSFORMER, what="transformer")
 
     def _read_sizes(self, reader: WeightReader) -> variants.Architecture:
         told = variants.read_config(self._files.transformer_config) if self._files.transformer_config else {}
@@ -127,18 +125,25 @@ class WanFamily(ModelFamily):
         with torch.device("meta"):
             skeleton = WanTransformer3DModel(**self._sizes.diffusers_arguments())
         skeleton.rope = WanRotaryPosEmbed(self._sizes.dim // self._sizes.num_heads, variants.PATCH, ROTARY_POSITIONS)
-        for name, module in list(skeleton.blocks.named_modules()):
-            owner, _, leaf = name.rpartition(".")
-            if isinstance(module, nn.RMSNorm):
-                setattr(skeleton.blocks.get_submodule(owner), leaf, self._cast_norm(module))
-            elif isinstance(module, nn.Linear) and self._config.linear_dtype != self.compute_dtype:
-                cast = CastLinear(module, self._config.linear_dtype, self.compute_dtype)
-                setattr(skeleton.blocks.get_submodule(owner), leaf, cast)
+        self._swap_casting_modules(skeleton.blocks)
         for name, parameter in list(skeleton.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             stored = nn.Parameter(torch.empty_like(parameter, dtype=self.storage_dtype(name)), parameter.requires_grad)
             setattr(skeleton.get_submodule(owner), leaf, stored)
         return skeleton
+
+    def _swap_casting_modules(self, blocks: nn.Module) -> None:
+        """Put in modules that cast on use, where what is stored differs from what is computed in."""
+        config = self._config
+        for name, module in list(blocks.named_modules()):
+            if isinstance(module, nn.RMSNorm) and config.compute_dtype != torch.float32:
+                swapped: nn.Module = CastRMSNorm(module.normalized_shape, module.eps, device="meta")
+            elif isinstance(module, nn.Linear) and config.linear_dtype != config.compute_dtype:
+                swapped = CastLinear(module, config.linear_dtype, config.compute_dtype)
+            else:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            setattr(blocks.get_submodule(owner), leaf, swapped)
 
     def pipeline_layers(self, skeleton: nn.Module) -> list[nn.Module]:
         assert isinstance(skeleton, WanTransformer3DModel)
@@ -159,6 +164,7 @@ class WanFamily(ModelFamily):
         """Every Linear in the blocks: q, k, v, o of both attentions, and the two of the feed-forward part.
 
         Args:
+            skeleton: without adapters.
             exclude: entries of `[adapter] exclude_modules`, over official or diffusers' names.
 
         Raises:
@@ -178,3 +184,21 @@ class WanFamily(ModelFamily):
 
     def save_full(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
         return export.save_full(tensors, folder, self._sizes.official_config(self._variant.model_type), metadata)
+
+
+def _padded(text: Tensor) -> Tensor:
+    """[S, text dim] to [512, text dim], zeros below: Wan was trained with them, and cross attention sees them."""
+    assert len(text) <= variants.TEXT_LENGTH, f"{len(text)} tokens of text; the encoder cuts at {variants.TEXT_LENGTH}"
+    padded = text.new_zeros(variants.TEXT_LENGTH, text.shape[1])
+    padded[: len(text)] = text
+    return padded
+
+
+def _linears(skeleton: nn.Module) -> dict[str, export.LinearShape]:
+    """The Linear modules of the blocks of a skeleton without adapters, by name."""
+    assert isinstance(skeleton, WanTransformer3DModel)
+    return {
+        f"blocks.{name}": export.LinearShape(module.out_features, module.in_features)
+        for name, module in skeleton.blocks.named_modules()
+        if isinstance(module, nn.Linear)
+    }

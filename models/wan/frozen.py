@@ -1,13 +1,13 @@
-"""Open the weights of a frozen encoder, fill its module with them, and take it down again."""
+"""Find and check the weights of a frozen encoder, fill its module with them, and take it down again."""
 
 import gc
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from models.weights import KeyMap, WeightReader, weight_files
+from models.weights import WeightReader, weight_files
 
 
 def frozen_files(path: Path, stem: str, what: str) -> list[Path]:
@@ -22,20 +22,6 @@ def frozen_files(path: Path, stem: str, what: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{what}: {path} holds no {stem}*.safetensors; download the folder again")
     return files
-
-
-def open_frozen(files: Sequence[Path], official: KeyMap, mark: str, what: str) -> WeightReader:
-    """A reader that answers to the module's own names.
-
-    Args:
-        official: the table for files under official names.
-        mark: part of a tensor's name that shows that the files use the module's own names and need no table.
-        what: how messages call it.
-    """
-    reader = WeightReader(files, what=what)
-    if any(mark in name for name in reader.names()):
-        return reader
-    return WeightReader(files, official, what)
 
 
 def check_frozen(module: nn.Module, reader: WeightReader, ignored: Collection[str] = ()) -> None:

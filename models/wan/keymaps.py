@@ -10,10 +10,6 @@ PROJECTIONS = {
     "o": "to_out.0",
     "norm_q": "norm_q",
     "norm_k": "norm_k",
-    # image to video of Wan2.1 only
-    "k_img": "add_k_proj",
-    "v_img": "add_v_proj",
-    "norm_k_img": "norm_added_k",
 }
 
 # official -> diffusers. Both number a block's norms by place, but official counts norm1 and norm2 as the two without
@@ -35,6 +31,10 @@ TRANSFORMER_NAMES = {
         for attention, attn in ATTENTIONS.items()
         for projection, to in PROJECTIONS.items()
     },
+    # image to video of Wan2.1
+    "blocks.{}.cross_attn.k_img": "blocks.{}.attn2.add_k_proj",
+    "blocks.{}.cross_attn.v_img": "blocks.{}.attn2.add_v_proj",
+    "blocks.{}.cross_attn.norm_k_img": "blocks.{}.attn2.norm_added_k",
     "blocks.{}.norm3": "blocks.{}.norm2",
     "blocks.{}.ffn.0": "blocks.{}.ffn.net.0.proj",
     "blocks.{}.ffn.2": "blocks.{}.ffn.net.2",
@@ -44,4 +44,3 @@ TRANSFORMER_NAMES = {
 }
 
 TRANSFORMER = KeyMap(TRANSFORMER_NAMES)
-DIFFUSERS_MARK = "condition_embedder."  # only diffusers' naming has it

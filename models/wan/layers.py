@@ -55,7 +55,8 @@ class RotaryTables:
         key = (*grid, x.device)
         if key not in self._tables:
             _, rows, columns = self._rope.patch_size
-            latents = torch.empty(1, 1, grid[0], grid[1] * rows, grid[2] * columns, device="meta")  # only its shape counts
+            # diffusers asks for the latents, but reads only their shape
+            latents = torch.empty(1, 1, grid[0], grid[1] * rows, grid[2] * columns, device="meta")
             cos, sin = self._rope(latents)
             self._tables[key] = (cos.to(x.device), sin.to(x.device))
             if len(self._tables) > ROTARY_GRIDS_KEPT:
@@ -157,7 +158,7 @@ class CastLinear(nn.Linear):
 
 
 class _CastMatmul(torch.autograd.Function):
-    """x @ W^T + b with W cast on use. Plain autograd would keep the cast copy of every weight until the backward pass."""
+    """x @ W^T + b with W cast on use. Plain autograd would keep the cast copy of every weight until backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

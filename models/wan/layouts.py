@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from models.weights import weight_files
 from models.wan.config import WanModelConfig
+from models.weights import weight_files
 
 TRANSFORMER_STEM = "diffusion_pytorch_model"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -79,7 +79,7 @@ def _given_transformer(path: Path, problems: list[str]) -> list[Path]:
     if not path.exists():
         problems.append(f"{key} does not exist")
     elif path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
-        problems.append(f"{key} is not one of {', '.join(WEIGHT_SUFFIXES)}; GGUF and other formats cannot be trained on")
+        problems.append(f"{key} is not one of {', '.join(WEIGHT_SUFFIXES)}; GGUF cannot be trained on")
     elif found := weight_files(path, TRANSFORMER_STEM) or weight_files(path, ""):
         return found
     else:
@@ -106,7 +106,7 @@ def _one(
 ) -> Path | None:
     """`given` if it exists, else the first of `places` in `folder`."""
     if given is not None:
-        if given.is_dir() or given.suffix in WEIGHT_SUFFIXES and given.is_file():
+        if given.is_dir() or (given.suffix in WEIGHT_SUFFIXES and given.is_file()):
             return given
         wrong = f"is not one of {', '.join(WEIGHT_SUFFIXES)}" if given.is_file() else "does not exist"
         problems.append(f"[model] {key} = '{given}' {wrong}")

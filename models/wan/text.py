@@ -11,11 +11,11 @@ import ftfy
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from models.base import Encoder
-from models.wan.encoder_keymaps import TEXT, TEXT_TRANSFORMERS_MARK
-from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files, open_frozen
+from models.wan.encoder_keymaps import TEXT
+from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files
 from models.weights import WeightReader
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ VERSION = 1  # of the arithmetic below; a change makes old cache entries stale
 STEM = "model"  # of the files in a transformers folder
 # In some files and of no use here: the embedding under its second name, and ComfyUI's copy of the tokenizer.
 IGNORED = ("encoder.embed_tokens.weight", "spiece_model")
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # the first one found is read
+TOKENIZER_FILE = "tokenizer.json"
 MAX_TOKENS = 512  # of the official text encoder
 XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, "num_layers": 24}
 
@@ -44,7 +44,7 @@ class WanTextEncoder(Encoder):
         """
         Args:
             weights: `models_t5_umt5-xxl-enc-bf16.pth`, a safetensors file, or a transformers folder.
-            tokenizer: a folder with tokenizer.json or spiece.model.
+            tokenizer: a folder with tokenizer.json; the spiece.model beside it is not read.
             dtype: what the network is held and run in, and what its states are stored in. Officially bfloat16.
             max_length: tokens a caption, the end token included; longer captions are cut and named in the log.
         """
@@ -57,7 +57,7 @@ class WanTextEncoder(Encoder):
         self._tokenize: Tokenizer | None = None
 
     def fingerprint(self) -> Mapping[str, Any]:
-        files = [*frozen_files(self.weights, STEM, WHAT), tokenizer_file(self.tokenizer)]
+        files = [*frozen_files(self.weights, STEM, WHAT), self.tokenizer / TOKENIZER_FILE]
         return {
             "encoder": "umt5",
             "version": VERSION,
@@ -108,7 +108,7 @@ class WanTextEncoder(Encoder):
 
     def _skeleton(self) -> tuple[UMT5EncoderModel, WeightReader]:
         """The network on `meta` and the reader that fits it."""
-        reader = open_frozen(frozen_files(self.weights, STEM, WHAT), TEXT, TEXT_TRANSFORMERS_MARK, WHAT)
+        reader = WeightReader(frozen_files(self.weights, STEM, WHAT), TEXT, WHAT)
         with torch.device("meta"):
             model = UMT5EncoderModel(umt5_config(reader))
         check_frozen(model, reader, IGNORED)
@@ -132,15 +132,6 @@ def clean_caption(caption: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def tokenizer_file(folder: Path) -> Path:
-    """The file in `folder` that decides the tokens; `FileNotFoundError` where there is none."""
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            return folder / name
-    names = " nor ".join(TOKENIZER_FILES)
-    raise FileNotFoundError(f"tokenizer {folder} holds neither {names}; download google/umt5-xxl")
-
-
 def open_tokenizer(folder: Path, max_length: int) -> Tokenizer:
     """The tokenizer in `folder`, cutting to `max_length` tokens and padding nothing.
 
@@ -150,11 +141,13 @@ def open_tokenizer(folder: Path, max_length: int) -> Tokenizer:
         FileNotFoundError: there is no tokenizer.
         ValueError: it does not end a caption with a token, which an encoder of the T5 kind must see.
     """
-    file = tokenizer_file(folder)
-    if file.suffix == ".json":
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"tokenizer {folder} holds no {TOKENIZER_FILE}; download google/umt5-xxl")
+    try:
         tokenizer = Tokenizer.from_file(str(file))
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file}: not readable as a tokenizer ({error}); download it again") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     if len(tokenizer.encode("").ids) != 1:

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from models.base import Encoder
-from models.wan.encoder_keymaps import VAE, VAE_DIFFUSERS_MARK
-from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files, open_frozen
+from models.wan.encoder_keymaps import VAE
+from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files
 from models.weights import WeightReader
 
 WHAT = "Wan VAE"
@@ -85,9 +85,9 @@ class WanVAEEncoder(Encoder):
         self._vae, self._device = vae, device
 
     def encode(self, items: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """`{"latents": [16, T, H, W]}` an item, of items [F, h, w, 3] with F = 4k + 1 and sides that are multiples of 8.
+        """`{"latents": [16, T, H, W]}` an item, of items [F, h, w, 3] with F = 4k + 1 and sides multiples of 8.
 
-        Stored in float32 whatever `dtype` is: they are what training aims at, so they are not rounded a second time, and
+        Stored in float32 whatever `dtype` is: they are what training aims at and are not rounded a second time;
         81 frames of 832x480 still take 8 MB only.
 
         Raises:
@@ -102,7 +102,7 @@ class WanVAEEncoder(Encoder):
         pixels = frames.to(self._device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         latents = self.encode_pixels(pixels).cpu()
         if not latents.isfinite().all():
-            raise ValueError(f"{WHAT} {self.path}: latents are not finite in {self.dtype}; run it in float32")
+            raise ValueError(f"{WHAT} {self.path}: latents are not finite in {self.dtype}; set vae_dtype = 'float32'")
         # clone: a slice would keep, and save, the whole batch
         return [{"latents": one.clone()} for one in latents]
 
@@ -136,7 +136,7 @@ class WanVAEEncoder(Encoder):
 
     def _skeleton(self) -> tuple[AutoencoderKLWan, WeightReader]:
         """The network on `meta` and the reader that fits it."""
-        reader = open_frozen(frozen_files(self.path, STEM, WHAT), VAE, VAE_DIFFUSERS_MARK, WHAT)
+        reader = WeightReader(frozen_files(self.path, STEM, WHAT), VAE, WHAT)
         config = vae_config(reader) | read_config(self.path / CONFIG_NAME)
         with torch.device("meta"):
             vae = AutoencoderKLWan.from_config(config)
@@ -165,12 +165,10 @@ def vae_config(reader: WeightReader) -> dict[str, Any]:
     base_dim, in_channels = shapes.get("encoder.conv_in.weight", (96, 3))[:2]
     if in_channels == WAN22_IN_CHANNELS:
         raise ValueError(f"{WHAT} {reader.location}: this is Wan2.2's VAE, made for TI2V-5B; use Wan2.1_VAE.pth")
-    widths = [
-        shapes.get(f"encoder.down_blocks.{level * (RESNETS_PER_DOWN_LEVEL + 1)}.conv1.weight", (base_dim * multiple,))[
-            0
-        ]
-        for level, multiple in enumerate(DIM_MULT)
-    ]
+    widths = [base_dim * multiple for multiple in DIM_MULT]
+    for level, width in enumerate(widths):
+        first_resnet = f"encoder.down_blocks.{level * (RESNETS_PER_DOWN_LEVEL + 1)}"
+        widths[level] = shapes.get(f"{first_resnet}.conv1.weight", (width,))[0]
     return {
         "base_dim": base_dim,
         "decoder_base_dim": shapes.get("decoder.conv_out.weight", (3, base_dim))[1],

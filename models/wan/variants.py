@@ -131,7 +131,9 @@ def architecture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         sizes["num_heads"] = sizes["dim"] // HEAD_DIM
     missing = [size for size in Architecture._fields if size not in sizes]
     if missing:
-        raise ValueError(f"neither a config.json nor the tensors tell {', '.join(missing)}: put the config.json beside them")
+        raise ValueError(
+            f"neither a config.json nor the tensors tell {', '.join(missing)}; put the config.json beside them"
+        )
     return Architecture(**{size: sizes[size] for size in Architecture._fields})
 
 
@@ -154,8 +156,8 @@ def detect(sizes: Architecture, names: Collection[str]) -> Variant:
     if variant.media is None:
         supported = ", ".join(row.title for row in VARIANTS if row.media)
         raise ValueError(
-            f"this is {variant.title} ({size_name(sizes)}, {channels[0]} channels in, {channels[1]} out), which cannot be "
-            f"trained yet; supported: {supported}"
+            f"this is {variant.title} ({size_name(sizes)}, {channels[0]} channels in, {channels[1]} out), which cannot "
+            f"be trained yet; supported: {supported}"
         )
     return variant
 

@@ -86,8 +86,9 @@ def _wait(processes: Sequence[subprocess.Popen], logs: Sequence[Path], timeout_s
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference over the reference's largest value."""
-    return float((value - reference).abs().max() / reference.abs().max().clamp_min(1e-12))
+    """Norm of the difference over the norm of the reference."""
+    value, reference = value.double(), reference.double()
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-12))
 
 
 def gather_results(results: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

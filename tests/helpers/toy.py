@@ -94,7 +94,7 @@ class ToyFamily(ModelFamily):
     def storage_dtype(self, name: str) -> torch.dtype:
         return torch.float32
 
-    def lora_targets(self, skeleton: nn.Module) -> list[str]:
+    def lora_targets(self, skeleton: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
         return [n for n, m in skeleton.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)]
 
     def loss(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:

@@ -13,9 +13,11 @@ from utils.train.optimizers import (
     build_optimizer,
     eval_mode,
     load_optimizer_state_by_name,
+    merge_optimizer_states,
     optimizer_class,
     optimizer_state_by_name,
     parameter_groups,
+    step_size_estimate,
 )
 
 
@@ -130,6 +132,29 @@ def test_state_follows_the_name_when_the_order_changes():
         assert torch.equal(other.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
 
 
+def test_states_of_two_stages_merge_into_one():
+    whole = tiny(torch.bfloat16)
+    optimizer = build_optimizer("adamw_optimi", whole.named_parameters(), 1e-2)
+    train(whole, optimizer, range(3))
+    state = through_disk(optimizer_state_by_name(optimizer, whole.named_parameters()))
+    stages = [
+        {
+            "state": {n: v for n, v in state["state"].items() if n.startswith(prefix)},
+            "shapes": {n: v for n, v in state["shapes"].items() if n.startswith(prefix)},
+            "shared": {},
+            "groups": [{**g, "names": [n for n in g["names"] if n.startswith(prefix)]} for g in state["groups"]],
+        }
+        for prefix in ("0.", "2.")
+    ]
+    fresh = build_optimizer("adamw_optimi", whole.named_parameters(), 1e-2)
+    merged = merge_optimizer_states(stages)
+    assert load_optimizer_state_by_name(fresh, whole.named_parameters(), merged) == []
+    assert [g["kahan_sum"] for g in fresh.param_groups] == [True, True]
+    assert [int(g["step"]) for g in fresh.param_groups] == [3, 3]
+    for p in whole.parameters():
+        assert torch.equal(fresh.state[p]["kahan_comp"], optimizer.state[p]["kahan_comp"])
+
+
 def test_unknown_parameters_are_told_and_other_shapes_refused():
     model = tiny()
     optimizer = build_optimizer("adamw", model.named_parameters(), 1e-2)
@@ -190,6 +215,11 @@ def test_unknown_keyword_names_the_key_and_the_nearest(name):
         build_optimizer(name, tiny().named_parameters(), 1e-3, beta=[0.9, 0.99])
 
 
+def test_a_keyword_like_no_other_still_gets_the_list():
+    with pytest.raises(ValueError, match=r"zzz is not a setting of 'sgd'\. Known: dampening"):
+        build_optimizer("sgd", tiny().named_parameters(), 1e-3, zzz=1)
+
+
 def test_hidden_options_of_pytorch_optimizer_pass():
     optimizer = build_optimizer("lion", tiny().named_parameters(), 1e-3, cautious=True)
     assert optimizer.param_groups[0]["cautious"] is True
@@ -204,6 +234,14 @@ def test_a_missing_package_tells_the_command(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)  # import then fails as if not installed
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         optimizer_class("AdamW8bit")
+
+
+def test_only_some_optimizers_estimate_their_step_size():
+    model = tiny()
+    optimizer = build_optimizer("prodigy", model.named_parameters(), 1.0, d0=1e-3)
+    train(model, optimizer, range(3))
+    assert step_size_estimate(optimizer) >= 1e-3
+    assert step_size_estimate(build_optimizer("adamw", model.named_parameters(), 1e-3)) is None
 
 
 def test_eval_mode_shows_other_weights_and_gives_the_bits_back():

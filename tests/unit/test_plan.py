@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from utils.data.plan import BatchShape, EpochPlan, Item, batch_shapes, counter_uniform
+from utils.data.plan import BatchShape, EpochPlan, Item, counter_uniform
 from utils.data.records import Bucket, Entry
 
 SMALL, LARGE = Bucket(64, 64, 1), Bucket(128, 64, 9)
@@ -19,7 +19,10 @@ def entries(counts: dict[tuple[Bucket, int], int]) -> list[Entry]:
     ]
 
 
-def plan(counts, repeats=(1.0, 1.0), shape=BatchShape(2, 2, 1), seed=1) -> EpochPlan:
+FOUR = BatchShape(2, 2, 1)
+
+
+def plan(counts, repeats=(1.0, 1.0), shape=FOUR, seed=1) -> EpochPlan:
     return EpochPlan(entries(counts), repeats, lambda _: shape, seed)
 
 
@@ -106,16 +109,6 @@ def test_samples_before_a_step():
 def test_an_empty_dataset_is_refused():
     with pytest.raises(ValueError, match=r"no samples; see skipped.jsonl"):
         EpochPlan([], [1.0], lambda _: BatchShape(1, 1, 1), 0)
-
-
-def test_batch_sizes_by_resolution():
-    shape = batch_shapes([[512, 4], [1024, 1]], 8, 2, 3)
-    assert shape(Bucket(512, 512, 9)) == BatchShape(4, 2, 3)
-    assert shape(Bucket(832, 480, 9)).micro_batch == 1, "a side of 632 px needs the next size up"
-    assert shape(Bucket(528, 512, 9)).micro_batch == 4, "5% leeway for rounded sides"
-    assert shape(Bucket(2048, 1024, 9)).micro_batch == 1
-    assert shape(Bucket(512, 512, 1)).micro_batch == 8
-    assert batch_shapes(3, None, 1, 1)(Bucket(512, 512, 1)).micro_batch == 3
 
 
 def test_counter_numbers_are_uniform_and_open():

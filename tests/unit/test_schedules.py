@@ -1,5 +1,7 @@
 """Schedules: the curve at its ends, warm-up against torch's own, and the errors."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def test_without_warmup_the_first_step_is_at_the_full_rate(name):
 def test_decay_falls_to_zero_one_step_past_the_last(name):
     factors = [learning_rate_factor(name, step, 4, 24) for step in range(26)]
     assert factors[4] == 1.0
-    assert all(a > b for a, b in zip(factors[4:24], factors[5:25], strict=True))
+    assert all(a > b for a, b in itertools.pairwise(factors[4:25]))
     assert factors[23] > 0
     assert factors[24] == factors[25] == pytest.approx(0, abs=1e-15)
     assert factors[14] == pytest.approx(0.5)

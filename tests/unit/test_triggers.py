@@ -1,5 +1,6 @@
 """Triggers: crossings are due once, signal files act once, signals raise a flag and a second Ctrl-C interrupts."""
 
+import itertools
 import os
 import signal
 from typing import NamedTuple
@@ -16,7 +17,7 @@ class Progress(NamedTuple):
 
 
 def steps_due(every: Every, states: list[Progress]) -> list[int]:
-    return [b.step for a, b in zip(states, states[1:], strict=False) if every.due(a, b)]
+    return [b.step for a, b in itertools.pairwise(states) if every.due(a, b)]
 
 
 def test_steps_epochs_and_examples_are_due_when_a_multiple_is_passed():

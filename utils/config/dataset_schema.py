@@ -13,8 +13,11 @@ from utils.config.fields import (
     SizeBuckets,
     Table,
     UserPath,
+    checked,
     not_yet,
 )
+
+_NO_FOLDER = "is empty; add a [[directory]] with a path"
 
 
 class SharedSettings(Table):
@@ -23,7 +26,7 @@ class SharedSettings(Table):
     resolutions: Resolutions = ()
     """Areas to train at: sides of a square, or [width, height] pairs. Every clip is used once for each of them."""
     enable_ar_bucket: bool = False
-    """Sort clips by shape; otherwise all are cropped to a square of the resolution's area."""
+    """Sort clips by shape; otherwise all are cropped to the resolution as it stands, a square or [width, height]."""
     min_ar: Annotated[float, Field(gt=0)] = 0.5
     """Smallest aspect ratio of the buckets."""
     max_ar: Annotated[float, Field(gt=0)] = 2.0
@@ -72,7 +75,7 @@ class DirectoryConfig(SharedSettings):
 class DatasetConfig(SharedSettings):
     """A whole dataset TOML."""
 
-    directory: Annotated[tuple[DirectoryConfig, ...], Lax] = Field(min_length=1)
+    directory: Annotated[tuple[DirectoryConfig, ...], Lax, checked(lambda value: value != [], _NO_FOLDER)]
     """One or more folders."""
     subsample_ratio: Annotated[float | None, not_yet(None, "remove it and set num_repeats to the share")] = None
     """diffusion-pipe: uses a share of the batches. Not supported."""

@@ -69,12 +69,12 @@ def checked(test: Callable[[Any], bool], complaint: str) -> BeforeValidator:
 
 
 def rows(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Whether a value is a list with at least one item, all of which pass `test`."""
-    return lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(test(item) for item in value)
+    """Whether a value is a list, all items of which pass `test`."""
+    return lambda value: isinstance(value, (list, tuple)) and all(test(item) for item in value)
 
 
 def _is_batch_size(value: Any) -> bool:
-    return (_is_int(value) and value >= 1) or rows(lambda item: _int_row(item, 2))(value)
+    return (_is_int(value) and value >= 1) or (rows(lambda item: _int_row(item, 2))(value) and len(value) > 0)
 
 
 def _is_resolution(value: Any) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
@@ -190,17 +191,22 @@ def _settings(model: BaseModel) -> dict[str, Any]:
     return dumped
 
 
+def _toml_text(title: str, tables: Mapping[str, Any]) -> str:
+    encoder = toml.TomlEncoder()
+    # The package's own quoting breaks on a backslash before an x; a JSON string is a TOML string.
+    encoder.dump_funcs[str] = partial(json.dumps, ensure_ascii=False)
+    return f"# {title}, defaults included, as Reelpipe resolved it.\n{toml.dumps(tables, encoder=encoder)}"
+
+
 def resolved_toml(loaded: LoadedConfig) -> str:
     """The run TOML, defaults and overrides written out, without secrets; loads to the same settings."""
     tables = {**_settings(loaded.run), "model": {"type": loaded.family_name, **_settings(loaded.model)}}
-    return "# Every setting of the run, defaults included, as Reelpipe resolved it.\n" + toml.dumps(tables)
+    return _toml_text("Every setting of the run", tables)
 
 
 def resolved_dataset_toml(dataset: DatasetConfig) -> str:
     """A dataset TOML with every folder's settings written out; loads to the same settings."""
-    return "# Every setting of the dataset, defaults included, as Reelpipe resolved it.\n" + toml.dumps(
-        _settings(dataset)
-    )
+    return _toml_text("Every setting of the dataset", _settings(dataset))
 
 
 def config_digest(loaded: LoadedConfig) -> str:

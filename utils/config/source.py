@@ -16,14 +16,16 @@ SECRET_KEYS = frozenset({"wandb_api_key"})
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _TOKEN = re.compile(r"""'{3}|"{3}|'[^']*'|"(?:\\.|[^"\\])*"|#.*|[\[\]{}]""")
-_SECRET_LINE = re.compile(rf"^(\s*(?:{'|'.join(SECRET_KEYS)})\s*=\s*)(?:'[^']*'|\"[^\"]*\"|[^\s#]+)", re.MULTILINE)
+# Wherever it stands: in its table, dotted, in an inline table, or in a line that is commented out.
+_VALUE = r"""'{3}.*?'{3}|"{3}.*?"{3}|'[^'\n]*'|"[^"\n]*"|[^\s#,}]+"""
+_SECRET = re.compile(rf"""(\b(?:{"|".join(SECRET_KEYS)})["']?[ \t]*=[ \t]*)({_VALUE})""", re.DOTALL)
 
 # What the parser says -> what a person can do about it. Its own text is never shown: it may quote a secret.
 _SYNTAX = {
     "Duplicate keys": "this key is there twice; remove one of them",
     "already exists": "this table is there twice; merge the two",
-    "homogeneous": "a list mixes kinds of values; give every number in it a decimal point, or none",
-    "list index out of range": "a list mixes kinds of values; write all of its items in one form",
+    "homogeneous": "a list mixes kinds of values; write all of its items alike: [1.0, 2.5]",
+    "list index out of range": "a list mixes kinds of values; write all of its items alike",
     "Unbalanced quotes": "a quote is not closed",
     "Empty value": "nothing stands after the =",
 }
@@ -36,6 +38,9 @@ class ConfigError(ValueError):
     def __init__(self, messages: Sequence[str]) -> None:
         super().__init__("\n".join(messages))
         self.messages = tuple(messages)
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[str, ...]]]:
+        return ConfigError, (self.messages,)  # an exception otherwise unpickles from its text
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 def redacted_text(text: str) -> str:
     """A config's text with its comments, secrets emptied: what may be copied into a run folder."""
-    return _SECRET_LINE.sub(r"\1''", text)
+    return _SECRET.sub(r"\1''", text)
 
 
 def key_lines(text: str) -> dict[Location, int]:

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from models.base import MicroBatch
 from utils.data.dataset import CachedDataset
-from utils.data.plan import EpochPlan, Item, StepPlan
+from utils.data.plan import EpochPlan, Item
 
 
 class StepLoader:
@@ -26,11 +26,11 @@ class StepLoader:
         self._pending: deque[Future[MicroBatch]] = deque()
         self._ahead = ahead
 
-    def next_step(self) -> tuple[StepPlan, Iterator[MicroBatch]]:
-        """The plan of the next step and an iterator of its micro-batches."""
-        plan = self._plan.step(self._step)
+    def next_step(self) -> Iterator[MicroBatch]:
+        """The micro-batches of the next step."""
+        count = self._plan.step(self._step).shape.micro_batches
         self._step += 1
-        return plan, self._take(plan.shape.micro_batches)
+        return self._take(count)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
@@ -208,30 +208,3 @@ def counter_hash(*parts: object) -> int:
 def counter_uniform(*parts: object) -> float:
     """A number in the open interval (0, 1) that depends on the parts alone."""
     return ((counter_hash(*parts) >> 10) + 0.5) / 2**53
-
-
-def batch_shapes(
-    micro_batch: int | Sequence[Sequence[int]],
-    image_micro_batch: int | Sequence[Sequence[int]] | None,
-    micro_batches: int,
-    data_ranks: int,
-) -> Callable[[Bucket], BatchShape]:
-    """The cut of a bucket's batch, from a size or from `[[resolution px, size], ...]`.
-
-    With a list, a bucket takes the smallest resolution that covers the side of a square of its area (5% leeway, since
-    sides are rounded), else the largest one.
-    """
-
-    def lookup(sizes: int | Sequence[Sequence[int]], bucket: Bucket) -> int:
-        if isinstance(sizes, int):
-            return sizes
-        side = (bucket.width * bucket.height) ** 0.5
-        table: Mapping[int, int] = {int(resolution): int(size) for resolution, size in sizes}
-        covering = [resolution for resolution in table if resolution * 1.05 >= side]
-        return table[min(covering) if covering else max(table)]
-
-    def shape(bucket: Bucket) -> BatchShape:
-        sizes = image_micro_batch if bucket.frames == 1 and image_micro_batch is not None else micro_batch
-        return BatchShape(lookup(sizes, bucket), micro_batches, data_ranks)
-
-    return shape

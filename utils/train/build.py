@@ -1,6 +1,5 @@
 """A family and plain settings to this rank's engine."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ class OptimizerSettings:
 
     name: str
     lr: float
-    weight_decay: float = 0.0
+    weight_decay: float | None = None  # None: what the optimizer's class has
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,7 +69,7 @@ def prepare_skeleton(family: ModelFamily, adapter: AdapterSettings | None) -> nn
         skeleton.requires_grad_(True)
     else:
         skeleton.requires_grad_(False)
-        targets = exclude(family.lora_targets(skeleton), adapter.exclude_modules)
+        targets = family.lora_targets(skeleton, adapter.exclude_modules)
         lora.add_lora(skeleton, targets, adapter.rank, adapter.alpha, adapter.dropout)
     for name, parameter in skeleton.named_parameters():
         is_adapter = lora.is_lora(name)
@@ -80,21 +79,37 @@ def prepare_skeleton(family: ModelFamily, adapter: AdapterSettings | None) -> nn
     return skeleton
 
 
-def exclude(targets: list[str], patterns: tuple[str, ...]) -> list[str]:
-    """Targets that no pattern (regular expression, anywhere in the name) matches.
+class Cut(NamedTuple):
+    """The model on meta, in layers, and where the stages begin."""
 
-    Raises:
-        ValueError: a pattern matches nothing, or nothing is left.
-    """
-    for pattern in patterns:
-        if not any(re.search(pattern, target) for target in targets):
-            raise ValueError(
-                f"[adapter] exclude_modules: {pattern!r} matches no module; names look like {targets[0]!r}"
-            )
-    kept = [target for target in targets if not any(re.search(pattern, target) for pattern in patterns)]
-    if not kept:
-        raise ValueError("[adapter] exclude_modules leaves nothing to train")
-    return kept
+    skeleton: nn.Module
+    layers: list[nn.Module]
+    bounds: list[int]
+
+
+def cut_model(family: ModelFamily, settings: EngineSettings) -> Cut:
+    """Raises `ValueError` where the model cannot be cut as asked; says which key."""
+    skeleton = prepare_skeleton(family, settings.adapter)
+    layers = family.pipeline_layers(skeleton)
+    trainable = {id(p) for p in skeleton.parameters() if p.requires_grad}
+    bounds = choose_bounds(
+        layers, settings.stages, settings.partition_method, settings.partition_split, lambda p: id(p) in trainable
+    )
+    return Cut(skeleton, layers, bounds)
+
+
+def check_settings(family: ModelFamily, settings: EngineSettings) -> Cut:
+    """Everything that `build_engine` would refuse, found without weights: the cut, the optimizer, the adapter."""
+    cut = cut_model(family, settings)
+    chosen = settings.optimizer
+    matrix = [("probe", nn.Parameter(torch.zeros(2, 2)))]
+    build_optimizer(chosen.name, matrix, lr=chosen.lr, weight_decay=chosen.weight_decay, **chosen.arguments)
+    found = starting_adapter(family, settings.adapter)
+    if found is not None:
+        for name, parameter in cut.skeleton.named_parameters():
+            if lora.is_lora(name):
+                _from_adapter(found, name, parameter)
+    return cut
 
 
 def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.device) -> Built:
@@ -103,12 +118,7 @@ def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.de
     Raises:
         ValueError: the cut or the weights do not fit; says which key or file.
     """
-    skeleton = prepare_skeleton(family, settings.adapter)
-    layers = family.pipeline_layers(skeleton)
-    trainable = {id(p) for p in skeleton.parameters() if p.requires_grad}
-    bounds = choose_bounds(
-        layers, settings.stages, settings.partition_method, settings.partition_split, lambda p: id(p) in trainable
-    )
+    skeleton, layers, bounds = cut_model(family, settings)
     has_dropout = settings.adapter is not None and settings.adapter.dropout > 0
     runner = LayerRunner(
         autocast=None if family.compute_dtype == torch.float32 else family.compute_dtype,
@@ -135,7 +145,8 @@ def starting_adapter(family: ModelFamily, adapter: AdapterSettings | None) -> di
     """Tensors of `init_from_existing`, by plain adapter name."""
     if adapter is None or adapter.init_from_existing is None:
         return None
-    return family.load_lora(adapter.init_from_existing)
+    tensors = family.load_lora(adapter.init_from_existing)  # its own alpha is folded in
+    return lora.fold_scale(tensors, adapter.rank / adapter.alpha)
 
 
 def parameter_filler(
@@ -148,15 +159,7 @@ def parameter_filler(
             return weights.read(lora.base_name(name))
         if adapter is None:
             return lora.init_lora(name, parameter.shape, seed)
-        plain = lora.plain_lora_name(name)
-        found = adapter.get(plain)
-        if found is None or found.shape != parameter.shape:
-            shape = "absent" if found is None else f"of shape {list(found.shape)}"
-            raise ValueError(
-                f"[adapter] init_from_existing: {plain} is {shape}, and this run needs {list(parameter.shape)}; "
-                "use the rank and exclude_modules that the adapter was made with"
-            )
-        return found
+        return _from_adapter(adapter, name, parameter)
 
     def fill(name: str, parameter: nn.Parameter) -> nn.Parameter:
         data = values(name, parameter).to(device=device, dtype=parameter.dtype)
@@ -164,3 +167,15 @@ def parameter_filler(
         return nn.Parameter(data.clone() if data.device.type == "cpu" else data, parameter.requires_grad)
 
     return fill
+
+
+def _from_adapter(adapter: Mapping[str, Tensor], name: str, parameter: nn.Parameter) -> Tensor:
+    plain = lora.plain_lora_name(name)
+    found = adapter.get(plain)
+    if found is None or found.shape != parameter.shape:
+        shape = "absent" if found is None else f"of shape {list(found.shape)}"
+        raise ValueError(
+            f"[adapter] init_from_existing: {plain} is {shape}, and this run needs {list(parameter.shape)}; "
+            "use the rank and exclude_modules that the adapter was made with"
+        )
+    return found

@@ -12,6 +12,7 @@ Everything is written in `<run>/tmp-global_step40` and renamed in one go, so a f
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,7 +26,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils import dist
-from utils.monitor.logs import get_logger
 from utils.train.optimizers import load_optimizer_state_by_name, optimizer_state_by_name
 from utils.train.state import TrainState
 
@@ -33,7 +33,7 @@ FORMAT = 1
 NAME = re.compile(r"global_step(\d+)")
 SPARE_BYTES = 64 << 20  # left free on the disk, so that logs can still be written
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):

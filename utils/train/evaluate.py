@@ -9,6 +9,7 @@ from models.base import MicroBatch
 from utils import dist
 from utils.data.dataset import CachedDataset, EvalItem
 from utils.data.records import Bucket
+from utils.monitor.metrics import eval_tag
 from utils.train.engine import ReelEngine
 
 QUANTILES = tuple(i / 10 for i in range(1, 10))
@@ -31,8 +32,7 @@ class EvalResult(NamedTuple):
 
     def scalars(self, name: str) -> dict[str, float]:
         """Under the tags that TensorBoard shows."""
-        quantiles = {f"{name}/loss_quantile_{q:.2f}": value for q, value in self.by_quantile.items()}
-        return {f"{name}/loss": self.loss, **quantiles}
+        return {eval_tag(name): self.loss, **{eval_tag(name, q): value for q, value in self.by_quantile.items()}}
 
 
 class Progress(Protocol):

@@ -1,10 +1,11 @@
 """The training loop, whole."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -12,9 +13,21 @@ from models.base import ModelFamily
 from utils import dist
 from utils.data.loader import StepLoader
 from utils.data.plan import EpochPlan, StepPlan
-from utils.monitor.logs import get_logger
-from utils.monitor.meters import Meters
-from utils.monitor.metrics import MetricsWriter
+from utils.monitor.console import LiveLine, StepReport
+from utils.monitor.meters import Meters, StepTimes, peak_memory_gib
+from utils.monitor.metrics import (
+    DATA_WAIT_S,
+    EPOCH_LOSS,
+    FRAMES_PER_S,
+    GRAD_NORM,
+    LEARNING_RATE,
+    LOSS,
+    PEAK_MEMORY_GIB,
+    SAMPLES_PER_S,
+    STEP_S,
+    MetricsWriter,
+    Point,
+)
 from utils.train import checkpoint
 from utils.train.build import Built
 from utils.train.evaluate import EvalSet, Progress, evaluate
@@ -24,14 +37,7 @@ from utils.train.schedules import learning_rate_factor
 from utils.train.state import Milestones, TrainState
 from utils.train.triggers import Decision, Every, SignalFiles, StopSignals
 
-logger = get_logger(__name__)
-
-
-class StepDisplay(Protocol):
-    """The live line."""
-
-    def update(self, **values: Any) -> None: ...
-    def message(self, text: str) -> None: ...
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class LoopSettings:
     save_every: Every
     checkpoint_every: Every
     keep_last: int | None
+    logging_steps: int
     save_dtype: torch.dtype | None
     is_adapter: bool
 
@@ -65,7 +72,7 @@ class Run:
     course: Mapping[str, Any]  # settings that the order of samples hangs on, kept in checkpoints
     metrics: MetricsWriter
     meters: Meters
-    display: StepDisplay
+    display: LiveLine
     progress: Progress
     metadata: Mapping[str, str]  # for the header of saved files
     write_configs: Callable[[Path], None]
@@ -73,6 +80,14 @@ class Run:
     last_saved: int = -1
     last_checkpoint: int = -1
     checkpoint_clock: float = field(default_factory=time.monotonic)
+
+    def point(self) -> Point:
+        """Where the last step stands, for the metrics."""
+        return Point(self.state.step, self.epoch_of_last_step(), self.state.examples)
+
+    def epoch_of_last_step(self) -> int:
+        done = max(self.state.plan_step - 1, 0)
+        return self.state.epoch_start + self.plan.epoch_of(done)
 
     def milestones(self) -> Milestones:
         return self.state.milestones(self.plan)
@@ -84,7 +99,7 @@ def train(run: Run) -> bool:
         evaluate_all(run)
     files = SignalFiles(run.run_dir)
     asked = Decision.NONE
-    with StopSignals() as signals:
+    with StopSignals() as signals, run.display:
         while run.state.step < run.settings.total_steps and not asked & Decision.QUIT:
             before = run.milestones()
             one_step(run)
@@ -98,21 +113,18 @@ def train(run: Run) -> bool:
 
 def one_step(run: Run) -> None:
     """One optimizer step and its metrics."""
-    started = time.perf_counter()
+    run.meters.begin_step()
     plan = run.plan.step(run.state.plan_step)
     lr = set_learning_rate(run)
     run.built.engine.step_index = run.state.step
-    batches = None
-    if run.loader is not None:
-        _, batches = run.loader.next_step()
-        batches = run.meters.timed(batches)
+    batches = None if run.loader is None else run.meters.waiting(run.loader.next_step())
     loss = run.built.engine.train_step(batches)
     epochs_before = run.state.epochs_done(run.plan)
     run.state = run.state.advanced(plan.shape.samples)
-    run.meters.step(time.perf_counter() - started, plan.shape.samples, plan.shape.samples * plan.bucket.frames, loss)
-    report(run, plan, loss, lr)
+    times = run.meters.end_step(loss, plan.shape.samples, plan.shape.samples * plan.bucket.frames)
+    report(run, plan, loss, lr, times)
     if run.state.epochs_done(run.plan) > epochs_before:
-        run.metrics.write(run.state.step, run.state.examples, {"train/epoch_loss": run.meters.end_epoch()})
+        run.metrics.log(run.point(), {EPOCH_LOSS: run.meters.end_epoch()})
 
 
 def set_learning_rate(run: Run) -> float:
@@ -124,21 +136,25 @@ def set_learning_rate(run: Run) -> float:
     return max(base * factor for base in run.base_lrs)
 
 
-def report(run: Run, plan: StepPlan, loss: float, lr: float) -> None:
+def report(run: Run, plan: StepPlan, loss: float, lr: float, times: StepTimes) -> None:
     """Metrics and the live line of a step."""
-    speeds, norm = run.meters.scalars(), run.built.engine.grad_norm
-    values = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr, **speeds}
-    run.metrics.write(run.state.step, run.state.examples, values)
+    step, norm = run.state.step, run.built.engine.grad_norm
+    if step % run.settings.logging_steps == 0:
+        values = {LOSS: loss, GRAD_NORM: norm, LEARNING_RATE: lr, STEP_S: times.step_s, DATA_WAIT_S: times.data_wait_s}
+        speeds = {SAMPLES_PER_S: times.samples_per_s, FRAMES_PER_S: times.frames_per_s}
+        run.metrics.log(run.point(), {**values, **speeds, PEAK_MEMORY_GIB: peak_memory_gib()})
     run.display.update(
-        step=run.state.step,
-        total_steps=run.settings.total_steps,
-        epoch=plan.epoch,
-        loss=loss,
-        lr=lr,
-        grad_norm=norm,
-        step_s=speeds["perf/step_s"],
-        samples_per_s=speeds["perf/samples_per_s"],
-        eta_s=run.meters.eta_s(run.settings.total_steps - run.state.step),
+        StepReport(
+            step=step,
+            total_steps=run.settings.total_steps,
+            epoch=plan.epoch,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            step_s=times.step_s,
+            samples_per_s=times.samples_per_s,
+            eta_s=run.meters.eta_s(run.settings.total_steps - step),
+        )
     )
 
 
@@ -177,10 +193,14 @@ def evaluate_all(run: Run) -> None:
     with eval_mode(run.built.optimizer):
         for eval_set in run.eval_sets:
             result = evaluate(run.built.engine, eval_set, run.progress if dist.is_main() else None)
-            run.metrics.write(run.state.step, run.state.examples, result.scalars(eval_set.name))
-            run.display.message(
-                f"{eval_set.name}: loss {result.loss:.4f} over {result.samples} samples "
-                f"(quantile 0.1: {result.by_quantile[0.1]:.4f}, 0.9: {result.by_quantile[0.9]:.4f})"
+            run.metrics.log(run.point(), result.scalars(eval_set.name))
+            logger.info(
+                "%s: loss %.4f over %d samples (%.4f at quantile 0.1, %.4f at 0.9)",
+                eval_set.name,
+                result.loss,
+                result.samples,
+                result.by_quantile[0.1],
+                result.by_quantile[0.9],
             )
 
 
@@ -201,7 +221,7 @@ def save_checkpoint(run: Run) -> None:
     if folder is not None:
         run.last_checkpoint = run.state.step
         run.metrics.flush()
-        run.display.message(f"checkpoint: {folder}")
+        logger.info("checkpoint written: %s", folder)
 
 
 def save_model(run: Run, name: str) -> None:
@@ -221,4 +241,4 @@ def save_model(run: Run, name: str) -> None:
             extras=run.write_configs,
         )
     run.last_saved = run.state.step
-    run.display.message(f"saved: {folder}")
+    logger.info("saved: %s", folder)

@@ -23,7 +23,7 @@ OPTIMIZERS: dict[str, str] = {
     "adamw8bit": "bitsandbytes.optim:AdamW8bit",
     "sgd": "torch.optim:SGD",
     "lion": "pytorch_optimizer:Lion",
-    "prodigy": "pytorch_optimizer:Prodigy",
+    "prodigy": "pytorch_optimizer:Prodigy",  # estimates its step size over its own parameters: one estimate a stage
 }
 
 PACKAGES = {"optimi": "torch-optimi", "bitsandbytes": "bitsandbytes", "pytorch_optimizer": "pytorch-optimizer"}
@@ -164,7 +164,7 @@ def _check_keywords(name: str, signature: Mapping[str, inspect.Parameter], given
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(f"[optimizer] {key} is not a setting of {name!r}{hint} Known: {', '.join(known)}")
 
 
@@ -178,7 +178,7 @@ def optimizer_state_by_name(optimizer: Optimizer, named_parameters: NamedParamet
         state: parameter name -> key -> tensor or plain value; a parameter that had no gradient yet is absent.
         shapes: parameter name -> its shape, for every optimized parameter.
         shared: key -> value for what belongs to no single parameter (MADGRAD's step count).
-        groups: `{"names": [...], "values": {...}}` each.
+        groups: `{"names": [...], "values": {...}, "on_device": [keys of tensors kept beside the parameters]}` each.
     """
     names = {id(p): name for name, p in named_parameters}
     live = partial(_map_tensors, change=Tensor.detach)
@@ -186,14 +186,32 @@ def optimizer_state_by_name(optimizer: Optimizer, named_parameters: NamedParamet
         "state": {names[id(p)]: live(dict(v)) for p, v in optimizer.state.items() if isinstance(p, Tensor)},
         "shapes": {names[id(p)]: list(p.shape) for group in optimizer.param_groups for p in group["params"]},
         "shared": {key: live(value) for key, value in optimizer.state.items() if isinstance(key, str)},
-        "groups": [
-            {
-                "names": [names[id(p)] for p in group["params"]],
-                "values": {k: live(v) for k, v in group.items() if k != "params" and _is_plain(v)},
-            }
-            for group in optimizer.param_groups
-        ],
+        "groups": [_saved_group(group, names) for group in optimizer.param_groups],
     }
+
+
+def _saved_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
+    values = {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
+    return {
+        "names": [names[id(p)] for p in group["params"]],
+        "values": _map_tensors(values, Tensor.detach),
+        # a checkpoint is read to the CPU, and D-Adaptation's sums belong on the device while optimi's step does not
+        "on_device": [key for key, v in values.items() if isinstance(v, Tensor) and v.device.type != "cpu"],
+    }
+
+
+def merge_optimizer_states(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of what several stages saved, for a stage that takes parameters from more than one of them.
+
+    What belongs to no single parameter is taken from the first stage that has it.
+    """
+    merged: dict[str, Any] = {"state": {}, "shapes": {}, "shared": {}, "groups": []}
+    for part in parts:
+        merged["state"] |= part["state"]
+        merged["shapes"] |= part["shapes"]
+        merged["shared"] = {**part["shared"], **merged["shared"]}
+        merged["groups"] += part["groups"]
+    return merged
 
 
 def load_optimizer_state_by_name(
@@ -202,7 +220,8 @@ def load_optimizer_state_by_name(
     """Put back what `optimizer_state_by_name` gave, bit for bit.
 
     `Optimizer.load_state_dict` is not used: it casts float state to the parameter's dtype, which would round the
-    float32 state of a bfloat16 parameter. Settings named in `FROM_CONFIG` stay as the optimizer was built.
+    float32 state of a bfloat16 parameter. Settings named in `FROM_CONFIG` stay as the optimizer was built. What was
+    saved of other parameters is passed over; `shapes` and `shared` may be absent.
 
     Returns:
         Names of optimized parameters that the saved optimizer did not have; these start afresh.
@@ -212,18 +231,21 @@ def load_optimizer_state_by_name(
     """
     names = {id(p): name for name, p in named_parameters}
     parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-    _check_shapes(parameters, state["shapes"])
+    _check_shapes(parameters, state.get("shapes", {}))
     for name, p in parameters.items():
         if name in state["state"]:
             optimizer.state[p] = _restored(state["state"][name], p.device, optimizer)
-    optimizer.state.update(_map_tensors(dict(state["shared"]), Tensor.clone))
+    optimizer.state.update(_map_tensors(dict(state.get("shared", {})), Tensor.clone))
     for group in optimizer.param_groups:
         members = {names[id(p)] for p in group["params"]}
         saved = next((g for g in state["groups"] if members.intersection(g["names"])), None)
         if saved is not None:
-            values = {key: value for key, value in saved["values"].items() if key not in FROM_CONFIG}
-            group.update(_map_tensors(values, Tensor.clone))
-    return [name for name in parameters if name not in state["shapes"]]
+            device = group["params"][0].device
+            for key in saved["values"].keys() - FROM_CONFIG:
+                target = device if key in saved["on_device"] else None
+                group[key] = _map_tensors(saved["values"][key], partial(Tensor.to, device=target, copy=True))
+    known = state["state"].keys() | {name for group in state["groups"] for name in group["names"]}
+    return [name for name in parameters if name not in known]
 
 
 def _check_shapes(parameters: Mapping[str, nn.Parameter], saved: Mapping[str, list[int]]) -> None:
@@ -264,6 +286,12 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     # exact types: an IntEnum is an int that cannot be read back
     return value is None or type(value) in (bool, int, float, str) or isinstance(value, Tensor)
+
+
+def step_size_estimate(optimizer: Optimizer) -> float | None:
+    """Prodigy's and D-Adaptation's d, the mean over groups (`train/prodigy_d`); None for other optimizers."""
+    estimates = [float(group["d"]) for group in optimizer.param_groups if "d" in group]
+    return sum(estimates) / len(estimates) if estimates else None
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def learning_rate_factor(name: str, step: int, warmup_steps: int, total_steps: i
     """
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"lr_scheduler = {name!r} is not known{hint} Use one of: {', '.join(SCHEDULES)}")
     if name != "constant" and warmup_steps >= total_steps:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def choose_bounds(
     else:
         weights = counts if method == "parameters" else [1] * len(layers)
         bounds = partition(weights, stages, may_cut)
-    for stage, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stage, (first, end) in enumerate(pairwise(bounds)):
         if not any(trainable(p) for layer in layers[first:end] for p in layer.parameters()):
             raise ValueError(
                 f"stage {stage} (layers {first} to {end - 1}) would hold nothing to train: every stage needs a trained "
@@ -96,12 +97,12 @@ def choose_bounds(
 
 def _check_manual(bounds: Sequence[int], stages: int, blocks: Sequence[int], count: int) -> None:
     split = list(bounds[1:-1])
-    if len(split) != stages - 1 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if len(split) != stages - 1 or any(a >= b for a, b in pairwise(bounds)):
         raise ValueError(
             f"partition_split = {split} must be {stages - 1} rising layer numbers between 1 and {count - 1} for "
             f"pipeline_stages = {stages}"
         )
-    for stage, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stage, (first, end) in enumerate(pairwise(bounds)):
         if not any(first <= block < end for block in blocks):
             raise ValueError(
                 f"partition_split = {split} leaves stage {stage} (layers {first} to {end - 1}) without a transformer "
@@ -203,7 +204,7 @@ def _flat(layer: nn.Module, *inputs: Tensor) -> Any:
 def stage_rows(layers: Sequence[nn.Module], bounds: Sequence[int]) -> list[StageRow]:
     """The table of stages, from parameters on meta."""
     rows = []
-    for stage, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stage, (first, end) in enumerate(pairwise(bounds)):
         parameters = [p for layer in layers[first:end] for p in layer.parameters()]
         rows.append(
             StageRow(

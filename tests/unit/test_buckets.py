@@ -1,0 +1,131 @@
+"""Which shapes a directory has, and which of them a file goes to."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from models.base import MediaSpec
+from utils.data.buckets import bucket_table
+from utils.data.records import Bucket, MediaFile
+
+SPEC = MediaSpec(fps=Fraction(16), pixel_multiple=16, frame_stride=4, images=True)
+
+
+@dataclass(frozen=True)
+class Settings:
+    resolutions: tuple = (512,)
+    enable_ar_bucket: bool = False
+    min_ar: float = 0.5
+    max_ar: float = 2.0
+    num_ar_buckets: int = 7
+    ar_buckets: tuple = ()
+    frame_buckets: tuple = (1, 33, 65)
+    size_buckets: tuple = ()
+
+
+def media(width=1280, height=720, frames=100, fps=16, is_video=True):
+    fps = Fraction(fps)
+    duration = frames / fps if is_video else Fraction(0)
+    return MediaFile(Path("clip.mp4"), "hash", width, height, frames, fps, duration, is_video, ("",))
+
+
+def image(width=512, height=512):
+    return media(width, height, 1, 0, is_video=False)
+
+
+def assign(settings, file, spec=SPEC):
+    return bucket_table(settings, spec).assign(file)
+
+
+def test_without_ratios_every_area_is_a_square():
+    assert assign(Settings(resolutions=(512, 256)), media()) == [Bucket(256, 256, 65), Bucket(512, 512, 65)]
+    assert assign(Settings(resolutions=((832, 480),)), media()) == [Bucket(624, 624, 65)]
+
+
+def test_ratios_are_spaced_by_logarithm_and_keep_the_area():
+    table = bucket_table(Settings(enable_ar_bucket=True), SPEC)
+    assert [ratio for ratio, _ in table.areas] == [0.5, 0.63, 0.794, 1.0, 1.26, 1.587, 2.0]
+    assert dict(table.areas)[2.0] == ((720, 368),)  # 512 * sqrt(2) = 724.1, 512 / sqrt(2) = 362.0
+    assert table.assign(media(1280, 720)) == [Bucket(640, 400, 65)]  # 1.778 is nearer to 1.587 than to 2
+    assert table.assign(media(4000, 100)) == [Bucket(720, 368, 65)]
+
+
+def test_nearest_is_by_logarithm():
+    settings = Settings(enable_ar_bucket=True, ar_buckets=(1.0, 4.0))
+    assert assign(settings, media(210, 100)) == [Bucket(1024, 256, 65)]  # 2.1 is nearer to 1 by difference
+    assert assign(settings, media(190, 100)) == [Bucket(512, 512, 65)]
+
+
+def test_ratios_by_hand_as_numbers_or_pairs():
+    for ratios in ((1.5, 1.0), ((3, 2), (512, 512))):
+        table = bucket_table(Settings(enable_ar_bucket=True, ar_buckets=ratios), SPEC)
+        assert [ratio for ratio, _ in table.areas] == [1.0, 1.5]
+
+
+def test_areas_that_round_to_one_size_count_once():
+    assert assign(Settings(resolutions=(512, 513)), image()) == [Bucket(512, 512, 1)]
+
+
+def test_sides_are_multiples_of_what_the_model_needs():
+    spec = SPEC._replace(pixel_multiple=32)
+    for _, sizes in bucket_table(Settings(enable_ar_bucket=True), spec).areas:
+        assert all(side % 32 == 0 for size in sizes for side in size)
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(33, 33), (64, 33), (65, 65), (500, 65)])
+def test_a_video_goes_to_the_longest_bucket_that_it_fills(frames, expected):
+    assert assign(Settings(), media(frames=frames))[0].frames == expected
+
+
+def test_images_go_to_one_frame_even_when_that_is_not_listed():
+    assert assign(Settings(frame_buckets=(33,)), image()) == [Bucket(512, 512, 1)]
+
+
+def test_a_short_video_is_refused_with_the_arithmetic():
+    settings = Settings(frame_buckets=(1, 57, 81))
+    assert assign(settings, media(frames=60, fps=24)) == (
+        "60 frames at 24 fps = 40 frames at 16 fps; the smallest video bucket is 57"
+    )
+    assert assign(settings, media(frames=70, fps=Fraction(24000, 1001))) == (
+        "70 frames at 23.976 fps = 46 frames at 16 fps; the smallest video bucket is 57"
+    )
+    assert assign(settings, media(frames=40)) == "40 frames at 16 fps; the smallest video bucket is 57"
+
+
+def test_kinds_without_a_bucket_are_told_what_to_add():
+    assert "add a length such as 33 to frame_buckets" in assign(Settings(frame_buckets=(1,)), media())
+    only_videos = Settings(size_buckets=((512, 512, 33),))
+    assert "add a bucket of 1 frame to size_buckets" in assign(only_videos, image())
+
+
+def test_a_model_without_images_refuses_them():
+    spec = SPEC._replace(images=False)
+    assert assign(Settings(), image(), spec) == "images are refused: this model needs at least 5 frames"
+    assert assign(Settings(), media(), spec) == [Bucket(512, 512, 65)]
+
+
+def test_size_buckets_stand_alone():
+    settings = Settings(
+        resolutions=(), size_buckets=((832, 480, 81), (832, 480, 33), (480, 832, 33), (512, 512, 1), (960, 544, 1))
+    )
+    assert assign(settings, media(frames=100)) == [Bucket(832, 480, 81)]
+    assert assign(settings, media(frames=50)) == [Bucket(832, 480, 33)]
+    assert assign(settings, media(720, 1280, frames=100)) == [Bucket(480, 832, 33)]
+    assert assign(settings, image(1920, 1080)) == [Bucket(960, 544, 1)]
+    assert assign(settings, media(frames=20)).endswith("the smallest video bucket is 33")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(frame_buckets=(1, 32)), r"frame_buckets: 32 frames are not 4n\+1; use 29 or 33"),
+        (Settings(size_buckets=((830, 480, 33),)), r"\[830, 480, 33\] has a side .* nearest: \[832, 480, 33\]"),
+        (Settings(size_buckets=((832, 480, 34),)), "size_buckets: 34 frames"),
+        (Settings(resolutions=()), "resolutions is not set"),
+    ],
+)
+def test_shapes_that_the_model_cannot_take(settings, message):
+    with pytest.raises(ValueError, match=message):
+        bucket_table(settings, SPEC)

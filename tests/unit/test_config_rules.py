@@ -1,0 +1,217 @@
+"""Rules across tables and files, and advice, in their exact words."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.configs import DATASET, RUN, SPEC, folder, load, top  # noqa: F401
+from utils.config.load import ConfigError
+from utils.config.rules import advice, check_paths, check_rules, require
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+@pytest.mark.parametrize(
+    ("lines", "world_size", "message"),
+    [
+        (
+            ["pipeline_stages = 3"],
+            8,
+            "run.toml:1: pipeline_stages = 3 does not divide the 8 processes started; use 1, 2, 4 or 8",
+        ),
+        (["pipeline_stages = 2"], 1, "run.toml:1: pipeline_stages = 2 does not divide the one process started; use 1"),
+        (
+            ["partition_method = 'manual'", "pipeline_stages = 4"],
+            4,
+            "run.toml:1: partition_method = 'manual' needs partition_split: "
+            "3 rising layer numbers of 1 or more for pipeline_stages = 4",
+        ),
+        (
+            ["partition_split = [8, 4]", "partition_method = 'manual'", "pipeline_stages = 3"],
+            3,
+            "run.toml:1: partition_split = [8, 4] does not fit; "
+            "give 2 rising layer numbers of 1 or more for pipeline_stages = 3",
+        ),
+        (
+            ["partition_split = [0]", "partition_method = 'manual'", "pipeline_stages = 2"],
+            2,
+            "run.toml:1: partition_split = [0] does not fit; "
+            "give 1 rising layer number of 1 or more for pipeline_stages = 2",
+        ),
+        (
+            ["partition_split = [8]", "pipeline_stages = 2"],
+            2,
+            "run.toml:1: partition_split = [8] has no effect with partition_method = 'parameters'; "
+            "set partition_method = 'manual' or remove it",
+        ),
+        (
+            ["eval_datasets = [{name = 'a', config = './dataset.toml'}]"],
+            1,
+            "run.toml:1: eval_datasets[0].config = 'dataset.toml' is the training dataset; "
+            "name one with clips that are not trained on",
+        ),
+        (
+            ["eval_datasets = [{name = 'a', config = 'eval.toml'}, {name = 'a', config = 'eval.toml'}]"],
+            1,
+            "run.toml:1: eval_datasets has the name 'a' twice; give each its own: {name = '...', config = '...'}",
+        ),
+    ],
+)
+def test_rules_of_the_run(lines, world_size, message):
+    assert check_rules(load(top(*lines), eval=DATASET), world_size, SPEC) == [message]
+
+
+def test_a_manual_split_that_fits():
+    loaded = load(top("partition_split = [4, 8]", "partition_method = 'manual'", "pipeline_stages = 3"))
+    assert check_rules(loaded, 6, SPEC) == []
+
+
+def test_something_must_be_saved():
+    assert check_rules(load(RUN.replace("save_every_n_epochs = 1\n", "")), 1) == [
+        "run.toml: nothing would be saved before the end of training; "
+        "set save_every_n_epochs or save_every_n_steps or save_every_n_examples"
+    ]
+
+
+def test_eight_bit_storage_needs_frozen_weights():
+    run = RUN.replace("ckpt_path", "transformer_dtype = 'float8'\nckpt_path")
+    assert check_rules(load(run), 1) == []
+    assert check_rules(load(run.replace("[adapter]\ntype = 'lora'\nrank = 8\n", "")), 1) == [
+        "run.toml:9: model.transformer_dtype = 'float8' is for frozen weights, and without [adapter] none are frozen; "
+        "remove it or add [adapter]"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "messages"),
+    [
+        (
+            DATASET.replace("[1, 9]", "[1, 32]"),
+            ["dataset.toml:2: frame_buckets has 32 frames, and this model takes 4n+1; use 29 or 33"],
+        ),
+        (
+            DATASET + "frame_buckets = [9, 3]\n",
+            ["dataset.toml:6: directory[0].frame_buckets has 3 frames, and this model takes 4n+1; use 1 or 5"],
+        ),
+        (
+            DATASET.replace("[64]", "[8]"),
+            ["dataset.toml:1: resolutions has 8: smaller than the smallest bucket, 16x16 px"],
+        ),
+        (
+            DATASET.replace("resolutions = [64]", ""),
+            [
+                "dataset.toml:4: directory[0].resolutions is missing, and so is size_buckets; "
+                "add for instance resolutions = [512]"
+            ],
+        ),
+        (
+            top("size_buckets = [[830, 480, 80], [64, 8, 1]]", run=DATASET),
+            [
+                "dataset.toml:1: size_buckets has [830, 480, 80]: 830 px is no multiple of 16; use 816 or 832",
+                "dataset.toml:1: size_buckets has [830, 480, 80]: 80 frames, and this model takes 4n+1; use 77 or 81",
+                "dataset.toml:1: size_buckets has [64, 8, 1]: 8 px is no multiple of 16; use 16",
+            ],
+        ),
+        (top("min_ar = 3", run=DATASET), ["dataset.toml:1: min_ar = 3 is above max_ar = 2; swap them"]),
+    ],
+)
+def test_rules_of_the_dataset(dataset, messages):
+    dataset += "[[directory]]\npath = 'b'\nresolutions = [64]\n" if "resolutions = [64]" in dataset else ""
+    assert check_rules(load(dataset=dataset), 1, SPEC) == messages
+
+
+def test_without_a_family_buckets_are_not_held_against_it():
+    assert check_rules(load(dataset=DATASET.replace("9", "8")), 1) == []
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            top("eval_every_n_steps = 5"),
+            "run.toml:1: eval_every_n_steps is set and eval_datasets is not: nothing will be evaluated",
+        ),
+        (
+            top("eval_datasets = ['eval.toml']"),
+            "run.toml:1: eval_datasets will be evaluated only before the first step: "
+            "set eval_every_n_epochs or eval_every_n_steps or eval_every_n_examples",
+        ),
+        (
+            RUN.replace("checkpoint_every_n_epochs = 1\n", ""),
+            "run.toml: no checkpoint_every_n_epochs or checkpoint_every_n_minutes is set: "
+            "if the run is killed, it cannot be resumed",
+        ),
+        (
+            top("checkpoint_every_n_minutes = 5"),
+            "run.toml:6: checkpoint_every_n_epochs and checkpoint_every_n_minutes are both set: "
+            "a checkpoint is written at either",
+        ),
+        (
+            top("force_constant_lr = 1e-5", "lr_scheduler = 'linear'"),
+            "run.toml:1: force_constant_lr = 1e-05 overrules lr_scheduler = 'linear' and warmup_steps = 0",
+        ),
+        (
+            top("warmup_steps = 10", "max_steps = 10"),
+            "run.toml:1: warmup_steps = 10 is not below max_steps = 10: the full learning rate is never reached",
+        ),
+        (
+            top("gradient_accumulation_steps = 1", "pipeline_stages = 4"),
+            "run.toml:1: gradient_accumulation_steps = 1 with pipeline_stages = 4 leaves the devices idle "
+            "75% of the time; 8 would make it 27%",
+        ),
+        (
+            RUN + "weigth_decay = 0.1\n",
+            "run.toml:18: optimizer.weigth_decay goes to adamw as it is; was weight_decay meant?",
+        ),
+    ],
+)
+def test_advice(run, message):
+    assert advice(load(run, eval=DATASET)) == [message]
+    assert advice(load()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ar_buckets = [1.0]", "dataset.toml:1: ar_buckets has no effect without enable_ar_bucket = true"),
+        (
+            "size_buckets = [[64, 64, 9]]",
+            "dataset.toml:1: size_buckets overrules resolutions, aspect ratios and frame_buckets",
+        ),
+    ],
+)
+def test_advice_on_the_dataset(line, message):
+    assert advice(load(dataset=top(line, run=DATASET))) == [message]
+
+
+def test_many_resolutions_repeat_the_dataset():
+    assert advice(load(dataset=DATASET.replace("[64]", "[64, 80, 96, 112]"))) == [
+        "dataset.toml:1: resolutions has 4 entries: every clip is encoded and trained 4 times an epoch"
+    ]
+
+
+def test_all_missing_paths_are_named_with_their_keys():
+    Path("file").touch()
+    run = RUN.replace("rank = 8", "rank = 8\ninit_from_existing = '/gone/lora'").replace("'runs'", "'file'")
+    loaded = load(run, DATASET + "[[directory]]\npath = 'file'\n")
+    expected = [
+        "run.toml:1: output_dir = 'file' is a file; name a folder",
+        "run.toml:14: adapter.init_from_existing = '/gone/lora' does not exist",
+        f"run.toml:9: model.ckpt_path = 'weights' does not exist (seen from {Path.cwd()})",
+        f"dataset.toml:5: directory[0].path = 'clips' does not exist (seen from {Path.cwd()})",
+        "dataset.toml:7: directory[1].path = 'file' is a file; name a folder",
+    ]
+    assert check_paths(loaded) == expected
+    with pytest.raises(ConfigError) as caught:
+        require(loaded, 1, SPEC)
+    assert list(caught.value.messages) == expected
+
+
+def test_require_returns_what_is_worth_saying():
+    Path("weights").mkdir()
+    Path("clips").mkdir()
+    loaded = load(top("disable_block_swap_for_eval = true", "eval_every_n_steps = 5"))
+    assert require(loaded, 1, SPEC) == [
+        "run.toml:1: disable_block_swap_for_eval = true has no effect here",
+        "run.toml:2: eval_every_n_steps is set and eval_datasets is not: nothing will be evaluated",
+    ]

@@ -1,0 +1,225 @@
+"""Reading media: the frame that is shown at each moment, sizes, colours, and files that are not what they say."""
+
+import os
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.media import frame_numbers, write_image, write_video
+from utils.data.media import MediaError, decode_clip, probe
+from utils.data.media_types import cover_box, cover_size, resampled_frames
+
+MODEL_FPS = Fraction(16)
+NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
+
+
+def shown(frames, fps, count, start=Fraction(0)):
+    """The rule of the docstring, by hand: the frame on show at start + i / 16."""
+    return [min(frames - 1, int((start + i / MODEL_FPS) * fps)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "expected"),
+    [(60, 24, 40), (65, 16, 65), (57, 16, 57), (100, NTSC_FILM, 66), (81, NTSC, 43), (150, 60, 40), (10, 8, 20)],
+)
+def test_resampled_length_is_exact(frames, fps, expected):
+    assert resampled_frames(frames, Fraction(fps), MODEL_FPS) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "fps"),
+    [
+        ("a.mp4", 60, Fraction(24)),
+        ("b.mp4", 65, Fraction(16)),
+        ("c.mp4", 50, NTSC_FILM),
+        ("d.mp4", 50, NTSC),
+        ("e.mov", 60, Fraction(60)),
+        ("f.ts", 40, Fraction(24)),
+        ("slow.mp4", 20, Fraction(8)),
+    ],
+)
+def test_frames_shown_at_16_fps(tmp_path, name, frames, fps):
+    path = write_video(tmp_path / name, frames, fps)
+    found = probe(path)
+    assert (found.width, found.height, found.frames, found.fps) == (64, 48, frames, fps)
+    assert found.is_video and found.duration == frames / fps
+
+    count = resampled_frames(frames, fps, MODEL_FPS)
+    pixels = decode_clip(path, True, Fraction(0), MODEL_FPS, count, 64, 48)
+    assert pixels.shape == (count, 48, 64, 3) and pixels.dtype == np.uint8
+    assert frame_numbers(pixels) == shown(frames, fps, count)
+
+
+def test_clip_from_the_middle_is_sought_and_equals_the_frames_there(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 80, 24)
+    start = Fraction(23, 16)
+    assert frame_numbers(decode_clip(path, True, start, MODEL_FPS, 17, 64, 48)) == shown(80, 24, 17, start)
+
+
+def test_matroska_counts_frames_and_forgives_its_millisecond_clock(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 60, 48)
+    assert (probe(path).frames, probe(path).fps) == (60, 48)
+    # Frame 3 belongs to 62.5 ms and is stamped 62 or 63 ms: it is still the one shown at 1/16 s.
+    assert frame_numbers(decode_clip(path, True, Fraction(0), MODEL_FPS, 20, 64, 48)) == list(range(0, 60, 3))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_variable_rate_follows_the_time_stamps(tmp_path, name):
+    ticks = [*range(15), *(15 + 3 * i for i in range(15))]  # 30 frames/s for half a second, then 10
+    path = write_video(tmp_path / name, 30, 30, pts=ticks, time_base=Fraction(1, 30))
+    found = probe(path)
+    assert found.frames == 30 and abs(found.duration - Fraction(58, 30)) < Fraction(1, 100)
+    assert found.fps == found.frames / found.duration
+    expected = [max(k for k, tick in enumerate(ticks) if tick <= i * 30 / 16) for i in range(28)]
+    assert frame_numbers(decode_clip(path, True, Fraction(0), MODEL_FPS, 28, 64, 48)) == expected
+
+
+def test_rotation_flag_turns_the_picture(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 5, size=(64, 32), rotation=90, half=True)
+    assert (probe(path).width, probe(path).height) == (32, 64)
+    first = decode_clip(path, True, Fraction(0), MODEL_FPS, 5, 32, 64)[4].mean(axis=(1, 2))
+    assert first[:28].min() > 12 and first[36:].max() < 2  # black was left; a quarter turn to the left puts it below
+
+
+def test_pixels_that_are_not_square_are_stretched(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 5, pixel_shape=Fraction(2))
+    assert (probe(path).width, probe(path).height) == (128, 48)
+
+
+def test_odd_sizes(tmp_path):
+    path = write_video(tmp_path / "a.webm", 9, size=(65, 49), codec="libvpx-vp9", options={"lossless": "1"})
+    assert (probe(path).width, probe(path).height, probe(path).frames) == (65, 49, 9)
+    assert frame_numbers(decode_clip(path, True, Fraction(0), MODEL_FPS, 9, 32, 48)) == list(range(9))
+
+
+def test_scaling_covers_and_keeps_the_middle(tmp_path):
+    assert cover_size((1280, 720), (480, 480)) == (853, 480)
+    assert cover_size((65, 49), (64, 48)) == (64, 48)
+    assert cover_box((1280, 720), (480, 480)) == (280.0, 0.0, 1000.0, 720.0)
+
+    ramp = np.tile(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (48, 1, 3))  # 128 wide, brighter to the right
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    pixels = decode_clip(tmp_path / "a.png", False, Fraction(0), Fraction(0), 1, 48, 48)
+    assert np.array_equal(pixels[0], ramp[:, 40:88])
+
+
+def test_colours_are_full_range_and_follow_the_matrix_tag(tmp_path):
+    def red(name, matrix):
+        path = tmp_path / name
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=16, options={"qp": "0"})
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            frame = av.VideoFrame(64, 48, "yuv420p")
+            frame.colorspace = stream.codec_context.colorspace = matrix
+            for plane, value in zip(frame.planes, (63, 102, 240)):
+                plane.update(bytes([value]) * plane.buffer_size)
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        return decode_clip(path, True, Fraction(0), MODEL_FPS, 1, 64, 48)[0, 20, 20]
+
+    # BT.709: 1.1644 * 47 + 1.7927 * 112 = 255.5; BT.601: 1.1644 * 47 + 1.5960 * 112 = 233.5
+    assert np.abs(red("709.mp4", 1).astype(int) - (255, 0, 0)).max() <= 2
+    assert abs(int(red("601.mp4", 6)[0]) - 233) <= 2
+
+
+def test_images(tmp_path):
+    found = probe(write_image(tmp_path / "a.png"))
+    assert found == (64, 48, 1, 0, 0, False)
+
+    translucent = write_image(tmp_path / "b.png", colour=(255, 0, 0, 0))
+    pixels = decode_clip(translucent, False, Fraction(0), Fraction(0), 1, 32, 32)
+    assert pixels.shape == (1, 32, 32, 3) and pixels.min() == 255  # on white
+
+    deep = Image.fromarray(np.full((48, 64), 128 * 256, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    assert np.unique(decode_clip(tmp_path / "deep.png", False, Fraction(0), Fraction(0), 1, 32, 32)).tolist() == [128]
+
+    sideways = Image.new("RGB", (64, 32))
+    exif = sideways.getexif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "c.jpg", exif=exif)
+    assert probe(tmp_path / "c.jpg")[:2] == (32, 64)
+
+
+def test_animations(tmp_path):
+    frames = [Image.new("RGB", (64, 48), (30 * i, 0, 0)) for i in range(8)]
+    for suffix in ("gif", "webp"):
+        frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=100)
+    found = probe(tmp_path / "a.gif")
+    assert found.is_video and (found.frames, found.fps) == (8, 10)
+    assert decode_clip(tmp_path / "a.gif", True, Fraction(0), Fraction(10), 8, 32, 32)[:, 9, 9, 0].tolist() == [
+        30 * i for i in range(8)
+    ]
+    with pytest.raises(MediaError, match="animated WEBP is not supported; convert it to mp4"):
+        probe(tmp_path / "a.webp")
+
+
+def damaged(folder, case):
+    video, image = write_video(folder / "ok.mp4", 40, 24), write_image(folder / "ok.png")
+    matroska = write_video(folder / "ok.mkv", 60, 24)
+    noise = folder / "ok.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)).save(noise)
+    contents = {
+        "empty.mp4": b"",
+        "text.mp4": b"a caption that lost its way\n" * 40,
+        "playlist.mp4": b"#EXTM3U\n#EXTINF:10,\nhttp://127.0.0.1:9/x.ts\n",
+        "image.mp4": image.read_bytes(),
+        "video.png": video.read_bytes(),
+        "cut.mp4": video.read_bytes()[: video.stat().st_size // 2],
+        "cut.mkv": matroska.read_bytes()[: matroska.stat().st_size * 2 // 3],
+        "cut.jpg": noise.read_bytes()[: noise.stat().st_size // 2],
+    }
+    path = folder / case
+    path.write_bytes(contents[case])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("empty.mp4", "is empty"),
+        ("text.mp4", "damaged, cut off, or no video at all"),
+        ("playlist.mp4", "damaged, cut off, or no video at all"),
+        ("image.mp4", "is not a video, whatever its name says"),
+        ("video.png", "is not an image that Pillow knows"),
+        ("cut.mp4", "damaged, cut off, or no video at all"),
+        ("cut.mkv", "is cut off: its header tells of 2.50 s, but 1.50 s are there"),
+        ("cut.jpg", "truncated"),
+    ],
+)
+def test_damaged_files_are_named_with_the_reason(tmp_path, case, reason):
+    path = damaged(tmp_path, case)
+    with pytest.raises(MediaError, match=reason) as caught:
+        probe(path)
+    assert caught.value.path == path and str(caught.value).startswith(f"{path}: ")
+
+
+def test_mp4_with_its_table_in_front_that_was_cut_off(tmp_path):
+    whole = write_video(tmp_path / "a.mp4", 40, 24)
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "b.mp4"), "w", options={"movflags": "faststart"}) as to:
+        stream = to.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                to.mux(packet)
+    content = (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(content[:-200])
+    with pytest.raises(MediaError, match="is cut off: its table of frames reaches to byte"):
+        probe(tmp_path / "b.mp4")
+
+
+def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")  # opening it for reading would wait for ever
+    with pytest.raises(MediaError, match="is not a regular file"):
+        probe(tmp_path / "a.mp4")
+    with pytest.raises(MediaError, match="the file is not there"):
+        probe(tmp_path / "b.mp4")
+
+
+def test_asking_for_more_frames_than_there_are(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 20)
+    with pytest.raises(MediaError, match="only 2[01] of the 33 frames from 0.000 s on at 16 fps could be decoded"):
+        decode_clip(path, True, Fraction(0), MODEL_FPS, 33, 64, 48)

@@ -1,0 +1,201 @@
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.lora import add_lora, is_lora
+from models.wan.layers import BlockLayer, CastLinear, RotaryTables, timestep_sinusoid
+from tests.helpers.models import materialise, random_inputs, run_layers, wan_family
+
+
+def built(adapter=False, **settings):
+    family = wan_family(**settings)
+    skeleton = family.build_skeleton()
+    if adapter:
+        add_lora(skeleton, family.lora_targets(skeleton), rank=4, alpha=4, dropout=0.0)
+    return family, materialise(skeleton, family)
+
+
+def row_and_skeleton(settings, inputs):
+    """What the layers give, and what diffusers' own forward gives on the same weights."""
+    family, skeleton = built(**settings)
+    x_t, t, text = inputs
+    ours = run_layers(family.pipeline_layers(skeleton), inputs, family.compute_dtype)
+    return ours, skeleton(x_t, t * 1000, text, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 6), (3, 8, 4)])
+def test_layers_in_a_row_are_diffusers_forward(grid):
+    ours, theirs = row_and_skeleton({}, random_inputs(grid=grid))
+    assert ours.shape == theirs.shape == (2, 16, *grid)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_needs_only_the_boundary():
+    """Every layer is built anew and fed what came over a wire."""
+    family, skeleton = built()
+    inputs = random_inputs()
+    expected = run_layers(family.pipeline_layers(skeleton), inputs, torch.float32)
+    passed = inputs
+    for index in range(len(family.pipeline_layers(skeleton))):
+        passed = family.pipeline_layers(skeleton)[index](passed)
+        if isinstance(passed, tuple):
+            assert all(tensor.is_floating_point() and tensor.is_contiguous() for tensor in passed)
+            passed = pickle.loads(pickle.dumps(tuple(tensor.detach() for tensor in passed)))
+    assert torch.equal(passed, expected.detach())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_boundary(dtype):
+    family, skeleton = built(dtype=dtype)
+    layers = family.pipeline_layers(skeleton)
+    exact_family, exact = built()
+    embedded = exact_family.pipeline_layers(exact)[0](random_inputs())
+    passed = random_inputs()
+    with torch.autocast("cpu", family.compute_dtype), warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where a norm cannot use its fused kernel
+        for layer in layers[:-1]:
+            passed = layer(passed)
+            kinds = [tensor.dtype for tensor in passed]
+            assert kinds == [family.compute_dtype, family.compute_dtype, torch.float32, torch.float32]
+            assert torch.equal(passed[2], embedded[2]) and torch.equal(passed[3], embedded[3])  # time loses nothing
+        prediction = layers[-1](passed)
+    assert prediction.dtype == torch.float32
+    exact_prediction = run_layers(exact_family.pipeline_layers(exact), random_inputs(), torch.float32)
+    assert (prediction - exact_prediction).norm() / exact_prediction.norm() < 0.02
+
+
+def test_sinusoid_is_exact_at_high_timesteps():
+    t = torch.tensor([0.0, 1.0, 999.9375, 1000.0])
+    found = timestep_sinusoid(t, 64)
+    for row, value in zip(found, t.tolist(), strict=True):
+        angles = [value / 10000 ** (i / 32) for i in range(32)]
+        exact = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+        torch.testing.assert_close(row, exact, rtol=0, atol=1e-7)
+
+
+def test_the_time_of_each_sample_is_its_own():
+    family, skeleton = built()
+    x_t, t, text = random_inputs()
+    layers = family.pipeline_layers(skeleton)
+    both = run_layers(layers, (x_t, t, text), torch.float32)
+    second = run_layers(layers, (x_t[1:], t[1:], text[1:]), torch.float32)
+    torch.testing.assert_close(both[1:], second, rtol=1e-5, atol=1e-5)
+    other = run_layers(layers, (x_t[1:], t[1:] + 0.1, text[1:]), torch.float32)
+    assert (other - second).abs().max() > 1e-3
+
+
+def test_gradients_are_the_same_with_recomputation():
+    family, skeleton = built()
+    layers = family.pipeline_layers(skeleton)
+    gradients = []
+    for recompute in (False, True):
+        skeleton.zero_grad()
+        passed = random_inputs()
+        for layer in layers:
+            again = recompute and getattr(layer, "checkpointable", False)
+            passed = checkpoint(layer, passed, use_reentrant=False) if again else layer(passed)
+        passed.square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in skeleton.parameters()])
+    assert sum(getattr(layer, "checkpointable", False) for layer in layers) == 3
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_block_layers_can_be_compiled():
+    family, skeleton = built()
+    expected = run_layers(family.pipeline_layers(skeleton), random_inputs(), torch.float32)
+    layers = family.pipeline_layers(skeleton)
+    for layer in layers:
+        if isinstance(layer, BlockLayer):
+            layer.compile(backend="eager", dynamic=False)
+    torch.testing.assert_close(run_layers(layers, random_inputs(), torch.float32), expected)
+
+
+def test_the_root_parameter_is_one_on_both_sides():
+    """A stage may fill through the skeleton or through its layer: the other side has to see it."""
+    family = wan_family()
+    skeleton = family.build_skeleton()
+    head = family.pipeline_layers(skeleton)[-1]
+    assert {name for name, _ in head.named_parameters()} == {"scale_shift_table", "proj_out.weight", "proj_out.bias"}
+    skeleton.scale_shift_table = nn.Parameter(torch.ones(1, 2, 48))
+    assert head.scale_shift_table is skeleton.scale_shift_table
+    head.scale_shift_table = nn.Parameter(torch.zeros(1, 2, 48))
+    assert head.scale_shift_table is skeleton.scale_shift_table
+
+
+def test_every_parameter_is_in_one_layer():
+    family = wan_family()
+    skeleton = family.build_skeleton()
+    held = [id(p) for layer in family.pipeline_layers(skeleton) for p in layer.parameters()]
+    assert sorted(held) == sorted(id(p) for p in skeleton.parameters())
+
+
+def test_rotary_tables_are_made_once_a_grid():
+    _, skeleton = built()
+    rotary = RotaryTables(skeleton.rope)
+    first = rotary(torch.empty(1, 3, 4, 5, 8))
+    assert rotary(torch.empty(2, 3, 4, 5, 8))[0] is first[0]
+    assert first[0].shape == (1, 60, 1, 24)
+    expected = skeleton.rope(torch.empty(1, 1, 3, 8, 10))
+    assert torch.equal(first[0], expected[0]) and torch.equal(first[1], expected[1])
+    for frames in range(4, 12):
+        rotary(torch.empty(1, frames, 4, 5, 8))
+    assert len(rotary._tables) == 4
+    assert rotary(torch.empty(1, 3, 4, 5, 8))[0] is not first[0]
+
+
+class TestFloat8:
+    def test_only_block_linears_are_stored_so(self):
+        _, skeleton = built(dtype="bfloat16", transformer_dtype="float8")
+        kinds = {name: parameter.dtype for name, parameter in skeleton.named_parameters()}
+        low = {name for name, kind in kinds.items() if kind == torch.float8_e4m3fn}
+        linears = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+        assert low == {
+            n for n in kinds if n.startswith("blocks.") and n.endswith(tuple(f"{x}.weight" for x in linears))
+        }
+        assert len(low) == 3 * 10
+        assert kinds["blocks.0.attn1.norm_q.weight"] == kinds["blocks.0.norm2.bias"] == torch.float32
+        assert kinds["blocks.0.scale_shift_table"] == kinds["scale_shift_table"] == torch.float32
+        assert kinds["condition_embedder.time_proj.weight"] == torch.float32
+        assert kinds["blocks.0.attn1.to_q.bias"] == kinds["patch_embedding.weight"] == torch.bfloat16
+        assert kinds["proj_out.weight"] == kinds["condition_embedder.text_embedder.linear_1.weight"] == torch.bfloat16
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_result_is_that_of_the_rounded_weights(self, dtype):
+        family, low = built(dtype=dtype, transformer_dtype="float8_e5m2")
+        plain_family, plain = built(dtype=dtype)
+        for name, parameter in plain.named_parameters():
+            parameter.data = dict(low.named_parameters())[name].data.to(parameter.dtype)
+        low.requires_grad_(False)
+        found = run_layers(family.pipeline_layers(low), random_inputs(), family.compute_dtype)
+        expected = run_layers(plain_family.pipeline_layers(plain), random_inputs(), family.compute_dtype)
+        assert torch.equal(found, expected)
+
+    def test_adapters_train_on_it(self):
+        gradients = {}
+        for storage in ("float8", None):
+            family, skeleton = built(adapter=True, dtype="bfloat16", transformer_dtype=storage)
+            assert isinstance(skeleton.blocks[0].attn1.to_q.base_layer, CastLinear) == (storage is not None)
+            prediction = run_layers(family.pipeline_layers(skeleton), random_inputs(), torch.bfloat16)
+            prediction.square().mean().backward()
+            grads = {name: p.grad for name, p in skeleton.named_parameters() if p.grad is not None}
+            assert grads.keys() == {name for name, _ in skeleton.named_parameters() if is_lora(name)}
+            gradients[storage] = torch.cat([gradient.flatten() for gradient in grads.values()])
+        similarity = torch.cosine_similarity(gradients["float8"], gradients[None], dim=0)
+        assert similarity > 0.95
+
+    def test_no_cast_copy_of_a_weight_is_kept_for_the_backward_pass(self):
+        linear = CastLinear(nn.Linear(8, 6), torch.float8_e4m3fn, torch.float32).to_empty(device="cpu")
+        linear.weight.data = torch.randn(6, 8).to(torch.float8_e4m3fn)
+        linear.bias.data.zero_()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            linear.requires_grad_(False)
+            x = torch.randn(2, 8, requires_grad=True)
+            linear(x).sum().backward()
+        assert [tensor.dtype for tensor in kept] == [torch.float8_e4m3fn]
+        torch.testing.assert_close(x.grad, linear.weight.float().sum(0).expand(2, 8))

@@ -1,0 +1,55 @@
+"""Reelpipe: train Wan video models. `deepspeed --num_gpus=N train.py --deepspeed --config X.toml`"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """diffusion-pipe's command line; the launcher adds `--local_rank` and `--deepspeed`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, metavar="TOML", help="the run; see examples/")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with the newest run, or with the named run folder, or with RUN/global_stepN",
+    )
+    parser.add_argument("--cache_only", action="store_true", help="encode the datasets and stop")
+    parser.add_argument("--regenerate_cache", action="store_true", help="encode again what is in the cache already")
+    parser.add_argument("--trust_cache", action="store_true", help="accepted; the cache only ever reads what changed")
+    parser.add_argument("--reset_dataloader", action="store_true", help="on resume, start the data from its beginning")
+    parser.add_argument(
+        "--reset_optimizer", "--reset_optimizer_params", action="store_true", help="on resume, a fresh optimizer"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. --set optimizer.lr=1e-4"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The whole of a training, in order. Returns the exit status."""
+    flags = parse_arguments(arguments)
+    # imported here: --help must not wait for torch
+    from utils.train import setup
+    from utils.train.errors import reported
+    from utils.train.loop import train
+
+    with reported() as outcome:
+        job = setup.read_config(flags)
+        setup.join(job)
+        data = setup.prepare_data(job)
+        if not flags.cache_only:
+            run = setup.build_run(job, data)
+            train(run)
+            setup.say_goodbye(job, run)
+    return outcome.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

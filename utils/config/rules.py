@@ -1,0 +1,276 @@
+"""Checks across tables and files: what each value allows by itself may still not fit together."""
+
+import difflib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
+from utils.config.load import LoadedConfig
+from utils.config.messages import dotted, shown
+from utils.config.schema import OptimizerConfig, RunConfig
+from utils.config.source import ConfigError, Location, Source
+
+if TYPE_CHECKING:  # at run time models would bring torch
+    from models.base import MediaSpec
+
+EVAL_CADENCES = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
+SAVE_CADENCES = ("save_every_n_epochs", "save_every_n_steps", "save_every_n_examples")
+CHECKPOINT_CADENCES = ("checkpoint_every_n_epochs", "checkpoint_every_n_minutes")
+MANY_RESOLUTIONS = 3  # more than this is mostly a misunderstanding: each one repeats the whole dataset
+
+Finding = tuple[Location, str]  # where in the file, what is wrong
+
+
+def require(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" = None) -> list[str]:
+    """Every check of this file. Returns what is worth saying; raises `ConfigError` with all that is wrong."""
+    if errors := check_rules(loaded, world_size, spec) + check_paths(loaded):
+        raise ConfigError(errors)
+    return loaded.notices + advice(loaded)
+
+
+def check_rules(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" = None) -> list[str]:
+    """What cannot work, one message each; empty when all is well.
+
+    Args:
+        world_size: processes started.
+        spec: what the family asks of its clips; without it the buckets are not held against it.
+    """
+    run = loaded.run
+    errors = _placed(loaded, "run", [*_stages(run, world_size), *_partition(run), *_saving(run), *_evaluation(run)])
+    errors += _placed(loaded, "run", _storage(loaded))
+    for name, dataset in _datasets(loaded).items():
+        errors += _placed(loaded, name, _dataset(dataset, loaded.sources.get(name), spec))
+    return list(dict.fromkeys(errors))
+
+
+def advice(loaded: LoadedConfig) -> list[str]:
+    """What works and is probably not meant, one message each."""
+    said = _placed(
+        loaded, "run", [*_eval_advice(loaded.run), *_checkpoint_advice(loaded.run), *_rate_advice(loaded.run)]
+    )
+    said += _placed(loaded, "run", [*_bubble(loaded.run), *_optimizer_advice(loaded.run.optimizer)])
+    for name, dataset in _datasets(loaded).items():
+        said += _placed(loaded, name, _dataset_advice(dataset, loaded.sources.get(name)))
+    return list(dict.fromkeys(said))
+
+
+def check_paths(loaded: LoadedConfig) -> list[str]:
+    """Every path that a config names and that is not there, each with its key."""
+    run = loaded.run
+    found = [_is_file(("output_dir",), run.output_dir)] if run.output_dir.is_file() else []
+    if run.adapter and (path := run.adapter.init_from_existing) and not path.exists():
+        found.append(_absent(("adapter", "init_from_existing"), path))
+    for key in type(loaded.model).model_fields:
+        value = getattr(loaded.model, key)
+        if isinstance(value, Path) and not value.exists():
+            found.append(_absent(("model", key), value))
+    messages = _placed(loaded, "run", found)
+    for name, dataset in _datasets(loaded).items():
+        folders = [(("directory", index, "path"), folder.path) for index, folder in enumerate(dataset.directory)]
+        found = [_absent(at, path) for at, path in folders if not path.exists()]
+        found += [_is_file(at, path) for at, path in folders if path.is_file()]
+        messages += _placed(loaded, name, found)
+    return list(dict.fromkeys(messages))
+
+
+def _is_file(location: Location, path: Path) -> Finding:
+    return location, f"{dotted(location)} = '{path}' is a file; name a folder"
+
+
+def _absent(location: Location, path: Path) -> Finding:
+    hint = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+    return location, f"{dotted(location)} = '{path}' does not exist{hint}"
+
+
+def _datasets(loaded: LoadedConfig) -> dict[str, DatasetConfig]:
+    """Each dataset under its name in `LoadedConfig.sources`."""
+    return {"dataset": loaded.dataset, **{f"eval:{name}": item for name, item in loaded.eval_datasets.items()}}
+
+
+def _placed(loaded: LoadedConfig, source: str, findings: Sequence[Finding]) -> list[str]:
+    """File and line in front of each message."""
+    file = loaded.sources.get(source)
+    return [(file.where(location) if file else "") + text for location, text in findings]
+
+
+def _set(run: RunConfig, keys: Sequence[str]) -> list[str]:
+    return [key for key in keys if getattr(run, key) is not None]
+
+
+def _stages(run: RunConfig, world_size: int) -> Iterator[Finding]:
+    if world_size % run.pipeline_stages:
+        fitting = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
+        use = f"use {', '.join(fitting[:-1])} or {fitting[-1]}" if len(fitting) > 1 else f"use {fitting[0]}"
+        started = f"the {world_size} processes started" if world_size > 1 else "the one process started"
+        yield ("pipeline_stages",), f"pipeline_stages = {run.pipeline_stages} does not divide {started}; {use}"
+
+
+def _partition(run: RunConfig) -> Iterator[Finding]:
+    split, method, cuts = run.partition_split, run.partition_method, run.pipeline_stages - 1
+    where: Location = ("partition_split",)
+    if method != "manual":
+        if split is not None:
+            text = f"partition_split = {shown(split)} has no effect with partition_method = '{method}'"
+            yield where, f"{text}; set partition_method = 'manual' or remove it"
+        return
+    wanted = f"{cuts} rising layer number{'' if cuts == 1 else 's'} of 1 or more for pipeline_stages = {cuts + 1}"
+    if split is None:
+        yield ("partition_method",), f"partition_method = 'manual' needs partition_split: {wanted}"
+    elif len(split) != cuts or any(low >= high for low, high in zip((0, *split), split, strict=False)):
+        yield where, f"partition_split = {shown(split)} does not fit; give {wanted}"
+
+
+def _saving(run: RunConfig) -> Iterator[Finding]:
+    if not _set(run, SAVE_CADENCES):
+        yield (), f"nothing would be saved before the end of training; set {' or '.join(SAVE_CADENCES)}"
+
+
+def _evaluation(run: RunConfig) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for index, item in enumerate(run.eval_datasets):
+        where: Location = ("eval_datasets", index)
+        if item.name in seen:
+            yield (
+                where,
+                f"eval_datasets has the name '{item.name}' twice; give each its own: {{name = '...', config = '...'}}",
+            )
+        seen.add(item.name)
+        if item.config.resolve() == run.dataset.resolve():
+            text = f"eval_datasets[{index}].config = '{item.config}' is the training dataset"
+            yield where, f"{text}; name one with clips that are not trained on"
+
+
+def _storage(loaded: LoadedConfig) -> Iterator[Finding]:
+    stored = getattr(loaded.model, "transformer_dtype", None)
+    if loaded.run.adapter is None and isinstance(stored, str) and stored.startswith("float8"):
+        text = f"model.transformer_dtype = '{stored}' is for frozen weights, and without [adapter] none are frozen"
+        yield ("model", "transformer_dtype"), f"{text}; remove it or add [adapter]"
+
+
+def _owner(source: Source | None, index: int, key: str) -> Location:
+    """Where a folder's setting was written: in its own table, or at the top."""
+    own: Location = ("directory", index, key)
+    return own if source is None or source.holds(own) or not source.holds((key,)) else (key,)
+
+
+def _dataset(dataset: DatasetConfig, source: Source | None, spec: "MediaSpec | None") -> list[Finding]:
+    found: list[Finding] = []
+    for index, folder in enumerate(dataset.directory):
+        for key, text in [*_shape(folder), *(_fit(folder, spec) if spec else ())]:
+            place = _owner(source, index, key)
+            found.append((place, f"{dotted(place)}{text}"))
+    return found
+
+
+def _shape(folder: DirectoryConfig) -> Iterator[tuple[str, str]]:
+    """Problems of one folder by itself: the key, and what follows its name."""
+    if not folder.resolutions and not folder.size_buckets:
+        yield "resolutions", " is missing, and so is size_buckets; add for instance resolutions = [512]"
+    if folder.min_ar > folder.max_ar:
+        yield "min_ar", f" = {folder.min_ar:g} is above max_ar = {folder.max_ar:g}; swap them"
+
+
+def _fit(folder: DirectoryConfig, spec: "MediaSpec") -> Iterator[tuple[str, str]]:
+    """Problems of one folder with what the family asks for."""
+    multiple, stride = spec.pixel_multiple, spec.frame_stride
+    if folder.size_buckets:
+        for bucket in folder.size_buckets:
+            head = f" has {list(bucket)}:"
+            for side in bucket[:2]:
+                if side % multiple:
+                    yield (
+                        "size_buckets",
+                        f"{head} {side} px is no multiple of {multiple}; use {_near(side, multiple, 0)}",
+                    )
+            if (bucket[2] - 1) % stride:
+                yield "size_buckets", f"{head} {_frames(bucket[2], stride)}"
+        return
+    for frames in folder.frame_buckets:
+        if (frames - 1) % stride:
+            yield "frame_buckets", f" has {_frames(frames, stride)}"
+    for area in folder.resolutions:
+        side = area if isinstance(area, int) else math.sqrt(area[0] * area[1])
+        if side < multiple:
+            yield "resolutions", f" has {shown(area)}: smaller than the smallest bucket, {multiple}x{multiple} px"
+
+
+def _frames(frames: int, stride: int) -> str:
+    return f"{frames} frames, and this model takes {stride}n+1; use {_near(frames, stride, 1)}"
+
+
+def _near(value: int, step: int, offset: int) -> str:
+    """The allowed values around one that is not: `816 or 832`."""
+    low = (value - offset) // step * step + offset
+    return f"{low} or {low + step}" if low > 0 else f"{low + step}"
+
+
+def _eval_advice(run: RunConfig) -> Iterator[Finding]:
+    cadences = _set(run, EVAL_CADENCES)
+    if cadences and not run.eval_datasets:
+        yield (cadences[0],), f"{cadences[0]} is set and eval_datasets is not: nothing will be evaluated"
+    if run.eval_datasets and not cadences:
+        when = "only before the first step" if run.eval_before_first_step else "never"
+        yield ("eval_datasets",), f"eval_datasets will be evaluated {when}: set {' or '.join(EVAL_CADENCES)}"
+
+
+def _checkpoint_advice(run: RunConfig) -> Iterator[Finding]:
+    cadences = _set(run, CHECKPOINT_CADENCES)
+    if not cadences:
+        text = f"no {' or '.join(CHECKPOINT_CADENCES)} is set"
+        yield (), f"{text}: if the run is killed, it cannot be resumed"
+    if len(cadences) > 1:
+        yield (cadences[0],), f"{' and '.join(cadences)} are both set: a checkpoint is written at either"
+
+
+def _rate_advice(run: RunConfig) -> Iterator[Finding]:
+    if run.force_constant_lr is not None and (run.lr_scheduler != "constant" or run.warmup_steps):
+        text = f"force_constant_lr = {run.force_constant_lr:g} overrules"
+        yield (
+            ("force_constant_lr",),
+            f"{text} lr_scheduler = '{run.lr_scheduler}' and warmup_steps = {run.warmup_steps}",
+        )
+    if run.max_steps is not None and run.warmup_steps >= run.max_steps:
+        text = f"warmup_steps = {run.warmup_steps} is not below max_steps = {run.max_steps}"
+        yield ("warmup_steps",), f"{text}: the full learning rate is never reached"
+
+
+def _bubble(run: RunConfig) -> Iterator[Finding]:
+    """Share of a 1F1B pipeline's time that a stage waits: (p - 1) / (m + p - 1), arXiv 2104.04473, section 2.2."""
+    stages, micro_batches = run.pipeline_stages, run.gradient_accumulation_steps
+    if micro_batches >= 2 * stages or stages == 1:
+        return
+    now, then = ((stages - 1) / (count + stages - 1) for count in (micro_batches, 2 * stages))
+    text = f"gradient_accumulation_steps = {micro_batches} with pipeline_stages = {stages} leaves the devices idle"
+    mend = f"{2 * stages} would make it {then:.0%}"
+    yield ("gradient_accumulation_steps",), f"{text} {now:.0%} of the time; {mend}"
+
+
+def _optimizer_advice(optimizer: OptimizerConfig) -> Iterator[Finding]:
+    own = [key for key in OptimizerConfig.model_fields if key != "type"]
+    for key in optimizer.model_extra or {}:
+        if near := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
+            text = f"optimizer.{key} goes to {optimizer.type} as it is"
+            yield ("optimizer", key), f"{text}; was {near[0]} meant?"
+
+
+def _dataset_advice(dataset: DatasetConfig, source: Source | None) -> list[Finding]:
+    found: list[Finding] = []
+    for index, folder in enumerate(dataset.directory):
+        for key, text in _folder_advice(folder):
+            place = _owner(source, index, key)
+            found.append((place, f"{dotted(place)}{text}"))
+    return found
+
+
+def _folder_advice(folder: DirectoryConfig) -> Iterator[tuple[str, str]]:
+    if folder.size_buckets:
+        if folder.resolutions or folder.ar_buckets:
+            yield "size_buckets", " overrules resolutions, aspect ratios and frame_buckets"
+        return
+    if len(folder.resolutions) > MANY_RESOLUTIONS:
+        count = len(folder.resolutions)
+        yield "resolutions", f" has {count} entries: every clip is encoded and trained {count} times an epoch"
+    if folder.ar_buckets and not folder.enable_ar_bucket:
+        yield "ar_buckets", " has no effect without enable_ar_bucket = true"

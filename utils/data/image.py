@@ -1,0 +1,66 @@
+"""Reads images through Pillow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from utils.data.media_types import MediaError, Probe, cover_box
+
+_EXIF_ORIENTATION = 0x0112
+_EXIF_SIDEWAYS = (5, 6, 7, 8)
+# Pillow opens animations in these formats, FFmpeg does not read them reliably.
+_ANIMATION_REFUSED = frozenset(["WEBP", "PNG", "AVIF"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        image = Image.open(path)
+    except Image.UnidentifiedImageError as error:
+        raise MediaError(path, "is not an image that Pillow knows, whatever its name says") from error
+    with image:
+        yield image
+
+
+def is_animation(path: Path) -> bool:
+    """Whether `path` is a GIF of several frames, which is read as a video."""
+    if path.suffix.lower() != ".gif":
+        return False
+    with _opened(path) as image:
+        return image.format == "GIF" and image.is_animated
+
+
+def probe_image(path: Path) -> Probe:
+    """Size of an image, after decoding it once to know that it is whole."""
+    with _opened(path) as image:
+        if image.format in _ANIMATION_REFUSED and getattr(image, "is_animated", False):
+            raise MediaError(path, f"animated {image.format} is not supported; convert it to mp4")
+        sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+        width, height = image.size[::-1] if sideways else image.size
+        image.draft("RGB", (64, 64))  # a JPEG is then read to its end, but computed at 1/8 of its size
+        image.load()
+    return Probe(width, height, 1, Fraction(0), Fraction(0), False)
+
+
+def decode_image(path: Path, width: int, height: int) -> np.ndarray:
+    """uint8 RGB [height, width, 3]: upright, on white, scaled to cover and cropped to the middle."""
+    with _opened(path) as image:
+        upright = _flattened(ImageOps.exif_transpose(image))
+        box = cover_box(upright.size, (width, height))
+        return np.asarray(upright.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """RGB, with transparency laid on white."""
+    if image.mode.startswith("I"):  # Pillow clips 16-bit grey at 255 where it should scale
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    white.alpha_composite(layer)
+    return white.convert("RGB")

@@ -1,0 +1,245 @@
+"""Reads videos through PyAV: counts frames, finds the ones that a clip shows, and decodes no more than it must."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+
+from utils.data.media_types import MediaError, Probe, cover_size
+
+# FFmpeg opens these whatever the suffix says; they are pictures, terminal art or play lists that name other files.
+_NOT_VIDEO = frozenset(["image2", "tty", "concat", "hls", "dash"])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    # Only files: a play list that calls itself clip.mp4 must not reach out to the network.
+    options = {"protocol_whitelist": "file"}
+    with av.open(str(path), options=options, metadata_errors="replace") as container:
+        name = container.format.name
+        if name in _NOT_VIDEO or name.endswith("_pipe"):
+            raise MediaError(path, f"is not a video, whatever its name says (FFmpeg takes it for {name!r})")
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise MediaError(path, "has no video stream")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise MediaError(path, "is coded in a way that this FFmpeg cannot decode")
+        # FFmpeg's frame threads have dead-locked beside other thread pools; workers are processes, one thread each.
+        stream.thread_type = "NONE"
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+# --- probing ----------------------------------------------------------------------------------------------------------
+
+
+def probe_video(path: Path) -> Probe:
+    """Frame count, exact rate and shown size; decodes one frame to know that it can be decoded."""
+    with _opened(path) as (container, stream):
+        frames, span = _count_frames(path, container, stream)
+        rate = stream.average_rate or stream.guessed_rate
+    with _opened(path) as (container, stream):  # anew: counting may have run to the file's end
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise MediaError(path, "no frame of it can be decoded")
+        width, height = _shown_size(frame, stream)
+    if rate and (not span or abs(frames / rate - span) <= Fraction(3, 2) / rate):
+        return Probe(width, height, frames, rate, frames / rate, True)
+    if not span:
+        raise MediaError(path, "tells neither its frame rate nor its duration")
+    # The header's rate does not explain the time stamps: a variable rate, or a header that lies. Time stamps decide.
+    return Probe(width, height, frames, frames / span, span, True)
+
+
+def _count_frames(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction | None]:
+    """Number of frames on show, and their time span in s where the container tells it."""
+    entries = stream.index_entries
+    if "mp4" in container.format.name and 0 < stream.frames <= len(entries):
+        # mp4 and mov keep an exact table of every frame; reading it costs nothing.
+        size, needed = path.stat().st_size, max(entry.pos + entry.size for entry in entries)
+        if needed > size:
+            raise MediaError(path, f"is cut off: its table of frames reaches to byte {needed}, but it has {size}")
+        span = stream.duration * stream.time_base if stream.duration else None
+        return sum(not entry.is_discard for entry in entries), span
+    return _count_packets(path, container, stream)
+
+
+def _count_packets(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction | None]:
+    """The same by reading every packet, which also shows whether the file goes as far as its header says."""
+    stamps: list[int | None] = []
+    end_s = Fraction(0)
+    end = 0
+    for packet in container.demux([stream, *container.streams.audio]):
+        if not packet.size:
+            continue
+        packet_end = (packet.pts or 0) + (packet.duration or 0)
+        end_s = max(end_s, packet_end * packet.time_base)
+        if packet.stream is stream and not packet.is_discard:
+            stamps.append(packet.pts)
+            end = max(end, packet_end)
+    if not stamps:
+        raise MediaError(path, "holds no frames")
+    known = [stamp for stamp in stamps if stamp is not None]
+    if len(known) < len(stamps):
+        return len(stamps), None
+    _require_whole(path, container, end_s)
+    return len(stamps), (end - min(known)) * stream.time_base
+
+
+def _require_whole(path: Path, container: InputContainer, end_s: Fraction) -> None:
+    origin_s = Fraction(container.start_time or 0, av.time_base)
+    told_s, found_s = Fraction(container.duration or 0, av.time_base), end_s - origin_s
+    if found_s < told_s - max(Fraction(1, 2), told_s / 20):  # headers are rounded, seldom by more
+        raise MediaError(
+            path,
+            f"is cut off: its header tells of {float(told_s):.2f} s, but {float(found_s):.2f} s are there; if it plays"
+            " well, `ffmpeg -i old.mkv -c copy new.mkv` writes a true header",
+        )
+
+
+def _turns(frame: VideoFrame) -> int:
+    """Quarter turns counter-clockwise that bring the stored picture upright."""
+    return round(frame.rotation / 90) % 4
+
+
+def _pixel_shape(stream: VideoStream) -> Fraction:
+    """Width of a stored pixel over its height; 1 where the file is silent or absurd."""
+    shape = stream.sample_aspect_ratio or Fraction(1)
+    return shape if Fraction(1, 4) <= shape <= 4 else Fraction(1)
+
+
+def _shown_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    width, height = round(frame.width * _pixel_shape(stream)), frame.height
+    return (height, width) if _turns(frame) % 2 else (width, height)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def decode_video(path: Path, start: Fraction, fps: Fraction, out: np.ndarray) -> None:
+    """Fill `out`, uint8 [F, h, w, 3]: frame i is the one on show at `start + i / fps` s after the first."""
+    for seek in (True, False) if start > 0 else (False,):
+        with _opened(path) as (container, stream):
+            if seek:
+                tick = (stream.start_time or 0) + math.floor(start / stream.time_base)
+                container.seek(tick, stream=stream, backward=True)
+            if _fill(path, container.decode(stream), stream, start, fps, out, sought=seek):
+                return
+
+
+def _fill(
+    path: Path,
+    decoded: Iterator[VideoFrame],
+    stream: VideoStream,
+    start: Fraction,
+    fps: Fraction,
+    out: np.ndarray,
+    sought: bool,
+) -> bool:
+    """Pick and write every frame of the clip; False when a seek landed past the start, so that it must be redone."""
+    writer = _ClipWriter(path, stream, _due_ticks(stream, start, fps, len(out)), out)
+    clock = _clock(stream)
+    shown: VideoFrame | None = None
+    tick = 0
+    for frame in decoded:
+        tick = clock(frame)
+        if shown is None:
+            if sought and tick > writer.due[0]:
+                return False
+            shown = frame  # stands in for anything asked of the time before it
+        if writer.write_until(shown, tick):
+            return True
+        shown = frame
+    if shown is None:
+        if sought:
+            return False
+        raise MediaError(path, "no frame of it can be decoded")
+    # The last frame stays for its own length; time stamps are rounded, so one frame of either rate is let pass.
+    period = max(1 / fps, 1 / (stream.average_rate or fps)) / stream.time_base
+    if not writer.write_until(shown, math.ceil(tick + max(shown.duration or 0, period) + 1)):
+        at = f"from {float(start):.3f} s on at {float(fps):.5g} fps"
+        raise MediaError(path, f"ends too early: only {writer.done} of the {len(out)} frames {at} could be decoded")
+    return True
+
+
+def _due_ticks(stream: VideoStream, start: Fraction, fps: Fraction, frames: int) -> list[int]:
+    """Latest time stamp that counts as shown at each output frame, in ticks.
+
+    Half a tick is given: containers round time stamps to their own clock (Matroska: 1 ms).
+    """
+    origin = (stream.start_time or 0) + Fraction(1, 2)
+    return [math.floor(origin + (start + i / fps) / stream.time_base) for i in range(frames)]
+
+
+def _clock(stream: VideoStream) -> Callable[[VideoFrame], int]:
+    """Time stamp of each frame in ticks; counted where the file has none (raw streams, some AVI)."""
+    rate = stream.average_rate or stream.guessed_rate
+    step = 1 / (rate * stream.time_base) if rate else Fraction(1)
+    counted = Fraction(stream.start_time or 0)
+
+    def tick(frame: VideoFrame) -> int:
+        nonlocal counted
+        now = frame.pts if frame.pts is not None else round(counted)
+        counted = now + step
+        return now
+
+    return tick
+
+
+class _ClipWriter:
+    """Writes decoded frames, scaled, cropped to the middle and turned upright, to the places that are due.
+
+    libswscale goes to planar RGB at the final size, then packs it. Straight to rgb24 takes twice as long and halves the
+    colour resolution: the packed writers skip full chroma interpolation and have no SIMD version.
+    """
+
+    def __init__(self, path: Path, stream: VideoStream, due: list[int], out: np.ndarray) -> None:
+        self.due = due
+        self.done = 0
+        self._path = path
+        self._out = out
+        self._pixel_shape = _pixel_shape(stream)
+        self._resize, self._pack = VideoReformatter(), VideoReformatter()
+
+    def write_until(self, frame: VideoFrame, tick: int) -> bool:
+        """Write `frame` to every place that is due before `tick`; True once all places are written."""
+        first = self.done
+        while self.done < len(self.due) and self.due[self.done] < tick:
+            if self.done == first:
+                if frame.is_corrupt:
+                    raise MediaError(self._path, f"the picture at {float(frame.time or 0):.3f} s is damaged")
+                self._write(frame, self._out[first])
+            else:
+                self._out[self.done] = self._out[first]
+            self.done += 1
+        return self.done == len(self.due)
+
+    def _write(self, frame: VideoFrame, out: np.ndarray) -> None:
+        as_stored = np.rot90(out, -_turns(frame))  # a view of `out` that lies as the stored picture does
+        target_h, target_w = as_stored.shape[:2]
+        source = (round(frame.width * self._pixel_shape), frame.height)
+        width, height = cover_size(source, (target_w, target_h))
+        planar = self._resize.reformat(
+            frame,
+            width,
+            height,
+            "gbrp",
+            interpolation=Interpolation.BICUBIC,
+            dst_color_range=ColorRange.JPEG,
+            threads=1,
+        )
+        packed = self._pack.reformat(planar, width, height, "rgb24", dst_color_range=ColorRange.JPEG, threads=1)
+        plane = packed.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : 3 * width]
+        top, left = (height - target_h) // 2, (width - target_w) // 2
+        as_stored[:] = rows.reshape(height, width, 3)[top : top + target_h, left : left + target_w]

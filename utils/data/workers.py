@@ -1,0 +1,199 @@
+"""A pool of spawned processes in which a worker that dies or hangs costs its item and never the whole run."""
+
+import contextlib
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from time import monotonic
+from typing import Any, NamedTuple, Protocol
+
+import multiprocess
+import multiprocess.connection
+
+_SPAWN = multiprocess.get_context("spawn")
+_STARTED = -1  # index of the message by which a worker says that its imports are done
+
+
+class Progress(Protocol):
+    """Where progress is shown; `utils.monitor.progress` has one for people."""
+
+    def start(self, total: int, label: str) -> None: ...
+
+    def advance(self, n: int, name: str) -> None:
+        """`n` more items are done, `name` the last of them."""
+
+    def done(self) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def start(self, total: int, label: str) -> None: ...
+
+    def advance(self, n: int, name: str) -> None: ...
+
+    def done(self) -> None: ...
+
+
+class WorkerLost(RuntimeError):
+    """A worker died or made no progress over one item; the message names the item."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+class Outcome(NamedTuple):
+    """What became of one item: `error` is None, what `function` raised, or a `WorkerLost`."""
+
+    item: Any
+    value: Any
+    error: Exception | None
+
+
+class WorkerPool:
+    """Runs `function(item)` in `workers` processes, or in this one when `workers` is 0.
+
+    `function` and items must pickle. Each process imports the module of `function` anew, and the main module too, so
+    both should import little. Leave the `with` block before asking for another run.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], workers: int, timeout_s: float = 120.0) -> None:
+        """`timeout_s`: how long a worker may take over one item, and over starting."""
+        self._function = function
+        self._timeout_s = timeout_s
+        self._workers = [_Worker(function) for _ in range(workers)]
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def run(self, items: Iterable[Any], ahead: int, name: Callable[[Any], str] = str) -> Iterator[Outcome]:
+        """Outcomes in the order of `items`, of which at most `ahead` are handed out before their turn.
+
+        Raises:
+            WorkerLost: workers cannot even start.
+        """
+        if not self._workers:
+            yield from (_call(self._function, item) for item in items)
+            return
+        source = enumerate(items)
+        waiting: dict[int, Any] = {}  # index -> item, handed out
+        finished: dict[int, Outcome] = {}
+
+        def refill() -> None:
+            while len(waiting) + len(finished) < max(1, ahead) and (pulled := next(source, None)) is not None:
+                index, item = pulled
+                waiting[index] = item
+                min(self._workers, key=lambda worker: len(worker.queue)).submit(index, item)
+
+        turn = 0
+        refill()
+        while waiting or finished:
+            while turn not in finished:
+                for index, value, error in self._collect(name):
+                    finished[index] = Outcome(waiting.pop(index), value, error)
+            outcome = finished.pop(turn)
+            turn += 1
+            refill()  # before the caller goes off with this one, or the workers would idle meanwhile
+            yield outcome
+
+    def _collect(self, name: Callable[[Any], str]) -> Iterator[tuple[int, Any, Exception | None]]:
+        """Wait for a worker to answer or to fail; one (index, value, error) for each that did."""
+        busy = {worker.pipe: worker for worker in self._workers if worker.queue}
+        patience_s = min(worker.since for worker in busy.values()) + self._timeout_s - monotonic()
+        for pipe in multiprocess.connection.wait(list(busy), timeout=max(0.0, patience_s)):
+            worker = busy.pop(pipe)
+            try:
+                index, value, error = pipe.recv()
+            except (EOFError, OSError):  # its end of the pipe closed with it
+                yield self._replace(worker, name, worker.fate())
+                continue
+            worker.since = monotonic()
+            worker.started = True
+            if index != _STARTED:
+                worker.queue.popleft()
+                yield index, value, error
+        for worker in busy.values():
+            if monotonic() - worker.since > self._timeout_s and not worker.pipe.poll():
+                yield self._replace(worker, name, f"no progress for {self._timeout_s:.0f} s")
+
+    def _replace(self, worker: "_Worker", name: Callable[[Any], str], fate: str) -> tuple[int, None, WorkerLost]:
+        """Give up the item that `worker` was at, and hand the rest of its queue to a new one."""
+        worker.kill()
+        index, item = worker.queue.popleft()
+        if not worker.started:
+            raise WorkerLost("the worker processes cannot start", f"{fate}; the lines above may say why")
+        fresh = _Worker(self._function)
+        for rest in worker.queue:
+            fresh.submit(*rest)
+        self._workers[self._workers.index(worker)] = fresh
+        return index, None, WorkerLost(name(item), fate)
+
+
+class _Worker:
+    """One process, the pipe to it, and what it was given, oldest first."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.pipe, theirs = multiprocess.connection.Pipe()
+        self.process = _SPAWN.Process(target=_serve, args=(theirs, function), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self.queue: deque[tuple[int, Any]] = deque()
+        self.since = monotonic()  # when it last showed life, or was last idle
+        self.started = False
+
+    def submit(self, index: int, item: Any) -> None:
+        if not self.queue and self.started:
+            self.since = monotonic()
+        self.queue.append((index, item))
+        with contextlib.suppress(OSError):  # it is dead; `_collect` finds that out and says so
+            self.pipe.send((index, item))
+
+    def fate(self) -> str:
+        self.process.join(timeout=5)
+        code = self.process.exitcode
+        if code is None or code >= 0:
+            return f"the worker process ended (exit code {code})"
+        hint = "; memory may have run out, then use fewer workers (map_num_proc)" if -code == signal.SIGKILL else ""
+        return f"the worker process was killed by {signal.Signals(-code).name}{hint}"
+
+    def kill(self) -> None:
+        self.process.kill()  # nothing to tidy up in there: it writes no files
+        self.process.join()
+        self.pipe.close()
+
+
+def _serve(pipe: Any, function: Callable[[Any], Any]) -> None:
+    """The life of a worker process: it ends with its parent, whose end of the pipe then closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then kills this process
+    try:
+        pipe.send((_STARTED, None, None))
+        while True:
+            index, item = pipe.recv()
+            outcome = _call(function, item)
+            pipe.send((index, outcome.value, outcome.error))
+    except (EOFError, OSError):
+        return
+
+
+def _call(function: Callable[[Any], Any], item: Any) -> Outcome:
+    try:
+        return Outcome(item, function(item), None)
+    except Exception as error:  # the pool's user decides what an error means
+        return Outcome(item, None, _portable(error))
+
+
+def _portable(error: Exception) -> Exception:
+    """`error`, or what it said, where it cannot go through a pipe."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,161 @@
+"""From the command line to a `Run`: config, ranks, data, engine, in this order; the only place that reads config."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from models import family_class
+from models.base import ModelFamily
+from utils import dist
+from utils.config.load import ConfigError, LoadedConfig, load_config
+from utils.config.rules import check_paths, check_rules, require
+from utils.config.schema import RunConfig
+from utils.monitor import console as show
+from utils.monitor.logs import captured_output, log_to_file, quiet_libraries, setup_logging, terminal
+from utils.monitor.meters import Meters
+from utils.monitor.metrics import MetricsWriter, WandbSettings
+from utils.monitor.progress import CacheProgress
+from utils.train import checkpoint
+from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings, build_engine, check_settings
+from utils.train.engine import init_distributed
+from utils.train.loop import LoopSettings, Run
+from utils.train.record import write_configs, write_record
+from utils.train.run_folder import find_checkpoint, new_run_folder
+from utils.train.state import TrainState
+from utils.train.triggers import Every
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Job:
+    """What was asked for, checked."""
+
+    flags: argparse.Namespace
+    loaded: LoadedConfig
+    family: ModelFamily
+    console: Console
+    notices: list[str]
+    resume: Path | None  # checkpoint to go on with
+    run_dir: Path | None = None  # known once ranks have met
+    log_file: Path | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        return self.loaded.run
+
+
+def read_config(flags: argparse.Namespace) -> Job:
+    """Everything that can be wrong is found here, before anything slow.
+
+    Raises:
+        ConfigError: all that is wrong with the files.
+    """
+    quiet_libraries()
+    console = terminal()
+    setup_logging(dist.rank(), console)
+    share_cores()
+    loaded = load_config(flags.config, flags.set)
+    errors = check_rules(loaded, dist.world_size()) + check_paths(loaded)
+    family = None
+    try:
+        arguments = {"pseudo_huber_c": loaded.run.pseudo_huber_c}
+        family = family_class(loaded.family_name)(loaded.model, **arguments)
+    except (ValueError, OSError) as error:
+        errors += [message for message in [f"[model] {error}"] if not any(str(error) in known for known in errors)]
+    if family is None or errors:
+        raise ConfigError(errors)
+    quiet_libraries()
+    notices = require(loaded, dist.world_size(), family.media_spec())
+    check_settings(family, engine_settings(loaded.run))
+    if loaded.run.monitoring.enable_wandb:
+        wandb_settings(loaded).check()
+    resume = None
+    if flags.resume_from_checkpoint is not None:
+        resume = find_checkpoint(loaded.run.output_dir, flags.resume_from_checkpoint)
+    return Job(flags, loaded, family, console, notices, resume)
+
+
+def share_cores() -> None:
+    """On a CPU, ranks of one machine divide its cores; torch would give all of them to each."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+
+
+def join(job: Job) -> None:
+    """Meet the other ranks and agree on the run folder."""
+    with captured_output(None):
+        init_distributed()
+    run_dir = job.resume.parent if job.resume else None
+    if run_dir is None and dist.is_main() and not job.flags.cache_only:
+        run_dir = new_run_folder(job.config.output_dir)
+    agreed = dist.text_from_main(str(run_dir or ""))
+    if agreed:
+        job.run_dir = Path(agreed)
+        job.log_file = log_to_file(job.run_dir, dist.rank())
+    if dist.is_main():
+        introduce(job)
+
+
+def introduce(job: Job) -> None:
+    """The first lines of the console."""
+    config = job.config
+    trains = f"LoRA of rank {config.adapter.rank}" if config.adapter else "all weights"
+    ranks, stages = dist.world_size(), config.pipeline_stages
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    show.show(
+        job.console,
+        f"{job.family.title}: training {trains} on {show.counted(ranks, 'process')} ({where}), "
+        f"{show.counted(stages, 'pipeline stage')} x {show.counted(ranks // stages, 'data rank')}",
+    )
+    if job.run_dir:
+        show.show(
+            job.console, f"run folder: {job.run_dir}" + (f", going on from {job.resume.name}" if job.resume else "")
+        )
+    for notice in job.notices:
+        show.show(job.console, f"note: {notice}")
+
+
+def engine_settings(config: RunConfig) -> EngineSettings:
+    """The part of the config that the engine is made of."""
+    adapter, optimizer = config.adapter, config.optimizer
+    return EngineSettings(
+        stages=config.pipeline_stages,
+        micro_batches=config.gradient_accumulation_steps,
+        optimizer=OptimizerSettings(
+            optimizer.type, config.force_constant_lr or optimizer.lr, optimizer.weight_decay, optimizer.arguments
+        ),
+        adapter=adapter
+        and AdapterSettings(
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            dtype=DTYPES[adapter.dtype],
+            exclude_modules=adapter.exclude_modules,
+            init_from_existing=adapter.init_from_existing,
+        ),
+        gradient_clipping=config.gradient_clipping,
+        partition_method=config.partition_method,
+        partition_split=config.partition_split,
+        checkpointing=bool(config.activation_checkpointing),
+        offload_checkpoints=isinstance(config.activation_checkpointing, str),
+        compile=config.compile,
+        seed=config.seed,
+    )
+
+
+def wandb_settings(loaded: LoadedConfig) -> WandbSettings:
+    monitoring = loaded.run.monitoring
+    return WandbSettings(
+        project=monitoring.wandb_tracker_name or "reelpipe",
+        run_name=monitoring.wandb_run_name or None,
+        api_key=monitoring.wandb_api_key.get_secret_value() or None,
+        config={"run": loaded.run.model_dump(mode="json"), "model": loaded.model.model_dump(mode="json")},
+    )

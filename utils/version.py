@@ -1,0 +1,3 @@
+"""Reelpipe's version."""
+
+VERSION = "0.1.0"
