@@ -36,18 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The whole of a training, in order. Returns the exit status."""
     flags = parse_arguments(arguments)
     # imported here: --help must not wait for torch
-    from utils.train import setup
+    from utils.train.assemble import build_run
     from utils.train.errors import reported
     from utils.train.loop import train
+    from utils.train.setup import join, prepare_data, read_config
+    from utils.train.tell import goodbye
 
     with reported() as outcome:
-        job = setup.read_config(flags)
-        setup.join(job)
-        data = setup.prepare_data(job)
+        job = read_config(flags)
+        join(job)
+        data = prepare_data(job)
         if not flags.cache_only:
-            run = setup.build_run(job, data)
-            train(run)
-            setup.say_goodbye(job, run)
+            run = build_run(job, data)
+            finished = train(run)
+            goodbye(job.console, run, finished)
     return outcome.status
 
 

@@ -48,6 +48,9 @@ class Encoder(ABC):
         """Every setting that changes the output, JSON-able. Weight files are listed as `{"files": [str path, ...]}`;
         whoever makes the cache key hashes their content."""
 
+    def check(self) -> None:  # noqa: B027 (nothing to look at is fine)
+        """Look at the files, quickly and without loading them; `ValueError` where they cannot be used."""
+
     @abstractmethod
     def load(self, device: torch.device) -> None:
         """Bring the weights to `device`."""
@@ -95,6 +98,10 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def media_spec(self) -> MediaSpec: ...
+
+    @abstractmethod
+    def tokens(self, width: int, height: int, frames: int) -> int:
+        """Length of one sample inside the model; sides in px."""
 
     @abstractmethod
     def encoders(self) -> Sequence[Encoder]:

@@ -50,20 +50,20 @@ class WanFamily(ModelFamily):
         self._pseudo_huber_c = pseudo_huber_c
         self._files: WanFiles = find_files(config)
         reader = self._reader()
-        self._sizes = self._read_sizes(reader)
-        self._variant = variants.detect(self._sizes, reader.stored_names())
+        self._sizes, self._variant = self._identify(reader)
         reader.check(self._expected_shapes())
 
     def _reader(self) -> WeightReader:
         return WeightReader(self._files.transformer, TRANSFORMER, what="transformer")
 
-    def _read_sizes(self, reader: WeightReader) -> variants.Architecture:
+    def _identify(self, reader: WeightReader) -> tuple[variants.Architecture, variants.Variant]:
         told = variants.read_config(self._files.transformer_config) if self._files.transformer_config else {}
         shown = variants.sizes_from_shapes(reader.shapes())
         if not self._files.config_is_own and told.get("dim") != shown.get("dim"):
             told = {}  # the config.json in ckpt_path is for another size than the file in transformer_path
         try:
-            return variants.architecture(told, reader.shapes())
+            sizes = variants.architecture(told, reader.shapes())
+            return sizes, variants.detect(sizes, reader.stored_names())
         except ValueError as error:
             raise ValueError("; ".join([f"transformer {reader.location}: {error}", *reader.broken])) from error
 
@@ -81,6 +81,10 @@ class WanFamily(ModelFamily):
     def media_spec(self) -> MediaSpec:
         assert self._variant.media is not None, "detection refuses variants without"
         return self._variant.media
+
+    def tokens(self, width: int, height: int, frames: int) -> int:
+        """T * H/2 * W/2: the VAE takes 4 x 8 x 8 pixels to one latent, a patch 1 x 2 x 2 latents to one token."""
+        return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
 
     def encoders(self) -> Sequence[Encoder]:
         """VAE, then UMT5."""

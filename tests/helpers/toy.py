@@ -69,6 +69,9 @@ class ToyFamily(ModelFamily):
     def media_spec(self) -> MediaSpec:
         return MediaSpec(Fraction(16), 16, 4, True)
 
+    def tokens(self, width: int, height: int, frames: int) -> int:
+        return width * height * frames
+
     def encoders(self) -> Sequence[Encoder]:
         return []
 

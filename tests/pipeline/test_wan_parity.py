@@ -60,8 +60,8 @@ class OfficialSinusoid(torch.nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
-def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """diffusers' model, peft's own LoRA layers, torch's own clipping: nothing of the pipeline."""
+def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
+    """Weights before and after, and eval losses. diffusers' model, peft's own LoRA layers, torch's own clipping: nothing of the pipeline."""
     from diffusers import WanTransformer3DModel
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -75,6 +75,7 @@ def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], lis
             if "lora_" in name:
                 parameter.data.copy_(init_lora(name, parameter.shape, SEED))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=TRAINING[kind]["lr"])
     family = make_family(str(checkpoint))
 
@@ -101,7 +102,7 @@ def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], lis
             )
             for q in QUANTILES
         ]
-    return {name: p.detach().clone() for name, p in trained.items()}, values
+    return start, {name: p.detach().clone() for name, p in trained.items()}, values
 
 
 def train(folder: Path, arguments: dict) -> list[dict]:
@@ -192,8 +193,12 @@ def trained(tmp_path_factory, checkpoint):
 @pytest.mark.pipeline
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_weights_and_eval_losses_equal_a_plain_loop(case, trained, references):
-    got, (weights, losses) = trained(case), references[case["kind"]]
+    got, (start, weights, losses) = trained(case), references[case["kind"]]
     assert set(got["weights"]) == set(weights)
-    assert max(relative_error(got["weights"][name], weights[name]) for name in weights) < 1e-5
+    # What training changed, all of it as one vector: next to the weights themselves an error would look small. Single
+    # tensors may have gradients that nearly cancel (keys of cross attention), so they are held to a little less.
+    change, wanted = (torch.cat([(w[n] - start[n]).flatten() for n in weights]) for w in (got["weights"], weights))
+    assert relative_error(change, wanted) < 1e-5
+    assert max(relative_error(got["weights"][name], weights[name]) for name in weights) < 5e-5
     assert max(abs(a - b) / b for a, b in zip(got["eval"], losses, strict=True)) < 1e-6
     assert abs(got["again"]) < 1e-6, "the batch size must not change the evaluation"

@@ -114,7 +114,7 @@ def test_colours_are_full_range_and_follow_the_matrix_tag(tmp_path):
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
             frame = av.VideoFrame(64, 48, "yuv420p")
             frame.colorspace = stream.codec_context.colorspace = matrix
-            for plane, value in zip(frame.planes, (63, 102, 240)):
+            for plane, value in zip(frame.planes, (63, 102, 240), strict=True):
                 plane.update(bytes([value]) * plane.buffer_size)
             container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
@@ -221,5 +221,5 @@ def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path):
 
 def test_asking_for_more_frames_than_there_are(tmp_path):
     path = write_video(tmp_path / "a.mp4", 20)
-    with pytest.raises(MediaError, match="only 2[01] of the 33 frames from 0.000 s on at 16 fps could be decoded"):
+    with pytest.raises(MediaError, match=r"only 2[01] of the 33 frames from 0\.000 s on at 16 fps could be decoded"):
         decode_clip(path, True, Fraction(0), MODEL_FPS, 33, 64, 48)

@@ -83,7 +83,7 @@ def _sort_out(files: Sequence[Path]) -> tuple[list[Path], list[Skipped]]:
             inside = sum(entry.suffix.lower() in MEDIA_SUFFIXES for entry in path.iterdir())
             if inside:
                 reason = (
-                    f"sub-folders are not scanned: {inside} media files in it are left out; give it a [[directory]]"
+                    f"sub-folders are not scanned, {inside} media files are left out; give it its own [[directory]]"
                 )
                 skipped.append(Skipped(path, reason, bad=False))
         elif suffix in MEDIA_SUFFIXES:

@@ -18,6 +18,7 @@ from utils.data.media_types import MediaError, Probe, cover_size
 
 # FFmpeg opens these whatever the suffix says; they are pictures, terminal art or play lists that name other files.
 _NOT_VIDEO = frozenset(["image2", "tty", "concat", "hls", "dash"])
+_RGB_OF_GBR = (2, 0, 1)  # planes of the format gbrp that hold red, green and blue
 
 
 @contextmanager
@@ -209,7 +210,7 @@ class _ClipWriter:
         self._path = path
         self._out = out
         self._pixel_shape = _pixel_shape(stream)
-        self._resize, self._pack = VideoReformatter(), VideoReformatter()
+        self._scaler = VideoReformatter()
 
     def write_until(self, frame: VideoFrame, tick: int) -> bool:
         """Write `frame` to every place that is due before `tick`; True once all places are written."""
@@ -229,7 +230,7 @@ class _ClipWriter:
         target_h, target_w = as_stored.shape[:2]
         source = (round(frame.width * self._pixel_shape), frame.height)
         width, height = cover_size(source, (target_w, target_h))
-        planar = self._resize.reformat(
+        planar = self._scaler.reformat(
             frame,
             width,
             height,
@@ -238,8 +239,7 @@ class _ClipWriter:
             dst_color_range=ColorRange.JPEG,
             threads=1,
         )
-        packed = self._pack.reformat(planar, width, height, "rgb24", dst_color_range=ColorRange.JPEG, threads=1)
-        plane = packed.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)[:, : 3 * width]
         top, left = (height - target_h) // 2, (width - target_w) // 2
-        as_stored[:] = rows.reshape(height, width, 3)[top : top + target_h, left : left + target_w]
+        for channel, plane in enumerate(_RGB_OF_GBR):
+            rows = np.frombuffer(planar.planes[plane], np.uint8).reshape(height, -1)  # with padding at each row's end
+            as_stored[..., channel] = rows[top : top + target_h, left : left + target_w]

@@ -12,6 +12,7 @@ import multiprocess
 import multiprocess.connection
 
 _SPAWN = multiprocess.get_context("spawn")
+_START_TIMEOUT_S = 300.0  # imports from a network disk can take minutes
 _STARTED = -1  # index of the message by which a worker says that its imports are done
 
 
@@ -63,7 +64,7 @@ class WorkerPool:
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, timeout_s: float = 120.0) -> None:
-        """`timeout_s`: how long a worker may take over one item, and over starting."""
+        """`timeout_s`: how long a worker may take over one item."""
         self._function = function
         self._timeout_s = timeout_s
         self._workers = [_Worker(function) for _ in range(workers)]
@@ -108,7 +109,7 @@ class WorkerPool:
     def _collect(self, name: Callable[[Any], str]) -> Iterator[tuple[int, Any, Exception | None]]:
         """Wait for a worker to answer or to fail; one (index, value, error) for each that did."""
         busy = {worker.pipe: worker for worker in self._workers if worker.queue}
-        patience_s = min(worker.since for worker in busy.values()) + self._timeout_s - monotonic()
+        patience_s = min(worker.since + self._patience_s(worker) for worker in busy.values()) - monotonic()
         for pipe in multiprocess.connection.wait(list(busy), timeout=max(0.0, patience_s)):
             worker = busy.pop(pipe)
             try:
@@ -122,8 +123,12 @@ class WorkerPool:
                 worker.queue.popleft()
                 yield index, value, error
         for worker in busy.values():
-            if monotonic() - worker.since > self._timeout_s and not worker.pipe.poll():
-                yield self._replace(worker, name, f"no progress for {self._timeout_s:.0f} s")
+            patience_s = self._patience_s(worker)
+            if monotonic() - worker.since > patience_s and not worker.pipe.poll():
+                yield self._replace(worker, name, f"no progress for {patience_s:.0f} s")
+
+    def _patience_s(self, worker: "_Worker") -> float:
+        return self._timeout_s if worker.started else _START_TIMEOUT_S
 
     def _replace(self, worker: "_Worker", name: Callable[[Any], str], fate: str) -> tuple[int, None, WorkerLost]:
         """Give up the item that `worker` was at, and hand the rest of its queue to a new one."""

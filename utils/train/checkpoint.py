@@ -26,7 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils import dist
-from utils.train.optimizers import load_optimizer_state_by_name, optimizer_state_by_name
+from utils.train.optimizers import (
+    load_optimizer_state_by_name,
+    merge_optimizer_states,
+    optimizer_state_by_name,
+)
 from utils.train.state import TrainState
 
 FORMAT = 1
@@ -44,6 +48,7 @@ class Loaded(NamedTuple):
     """What a checkpoint says beside tensors."""
 
     state: TrainState
+    epochs_done: int
     course: dict[str, Any]
     meters: dict[str, Any]
 
@@ -52,6 +57,7 @@ def save(
     run_dir: Path,
     state: TrainState,
     *,
+    epochs_done: int,
     course: Mapping[str, Any],
     meters: Mapping[str, Any],
     trained: Mapping[str, nn.Parameter],
@@ -65,11 +71,12 @@ def save(
     final = run_dir / f"global_step{state.step}"
     staging = run_dir / f"tmp-{final.name}"
     payload = _payload(stage, trained, optimizer) if data_rank == 0 else {}
+    told = {"state": state.to_dict(), "epochs_done": epochs_done, "course": course, "meters": meters}
     trouble = _prepare(run_dir, staging, final, payload)
     if trouble is None:
         trouble, files = _write_all(staging, payload)
         if trouble is None and dist.is_main():
-            trouble = _attempt(lambda: _finish(staging, final, state, course, meters, files))
+            trouble = _attempt(lambda: _finish(staging, final, told, files))
         trouble = _first(trouble)
     if trouble is not None:
         if dist.is_main():
@@ -101,7 +108,7 @@ def load(
     if optimizer is not None:
         _load_optimizer(folder, manifest, trained, optimizer)
     content = json.loads((folder / "state.json").read_text())
-    return Loaded(TrainState(**content["state"]), content["course"], content["meters"])
+    return Loaded(TrainState(**content["state"]), content["epochs_done"], content["course"], content["meters"])
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -226,7 +233,7 @@ def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, d
             else:
                 torch.save(content, path)
             _sync(path)
-            tensors = sorted(content) if name.endswith(".safetensors") else sorted(content["state"])
+            tensors = sorted(content if name.endswith(".safetensors") else content["shapes"])
             files[name] = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": tensors}
 
     trouble = _first(_attempt(write))
@@ -235,16 +242,9 @@ def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, d
     return trouble, files
 
 
-def _finish(
-    staging: Path,
-    final: Path,
-    state: TrainState,
-    course: Mapping[str, Any],
-    meters: Mapping[str, Any],
-    files: dict[str, Any],
-) -> None:
+def _finish(staging: Path, final: Path, told: Mapping[str, Any], files: dict[str, Any]) -> None:
     path = staging / "state.json"
-    path.write_text(json.dumps({"state": state.to_dict(), "course": course, "meters": meters}, indent=1))
+    path.write_text(json.dumps(told, indent=1))
     _sync(path)
     files["state.json"] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
     manifest = staging / "manifest.json"
@@ -283,14 +283,14 @@ def _load_optimizer(
     folder: Path, manifest: Mapping[str, Any], trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
     holder = _holders(manifest, ".pt")
-    merged: dict[str, Any] = {"state": {}, "groups": None}
-    for file in sorted({holder[name] for name in trained if name in holder}):
-        part = torch.load(folder / file, map_location="cpu", weights_only=True)
-        merged["state"] |= {name: value for name, value in part["state"].items() if name in trained}
-        merged["groups"] = merged["groups"] or part["groups"]
-    if merged["groups"] is None:
-        return  # an optimizer without state, such as plain SGD
-    load_optimizer_state_by_name(optimizer, list(trained.items()), merged)
+    files = sorted({holder[name] for name in trained if name in holder})
+    parts = (torch.load(folder / file, map_location="cpu", weights_only=True) for file in files)
+    missing = load_optimizer_state_by_name(optimizer, list(trained.items()), merge_optimizer_states(parts))
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no optimizer state for {len(missing)} tensors, first {missing[0]}; was it made with another "
+            "optimizer? --reset_optimizer starts it afresh"
+        )
 
 
 def _holders(manifest: Mapping[str, Any], ending: str) -> dict[str, str]:

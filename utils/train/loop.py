@@ -77,6 +77,8 @@ class Run:
     metadata: Mapping[str, str]  # for the header of saved files
     write_configs: Callable[[Path], None]
     base_lrs: list[float] = field(default_factory=list)
+    saved: Path | None = None  # newest model or adapter of this start
+    checkpointed: Path | None = None  # newest checkpoint of this start
     last_saved: int = -1
     last_checkpoint: int = -1
     checkpoint_clock: float = field(default_factory=time.monotonic)
@@ -209,6 +211,7 @@ def save_checkpoint(run: Run) -> None:
     folder = checkpoint.save(
         run.run_dir,
         run.state,
+        epochs_done=run.state.epochs_done(run.plan),
         course=run.course,
         meters=run.meters.state_dict(),
         trained=run.built.trained,
@@ -219,7 +222,7 @@ def save_checkpoint(run: Run) -> None:
     )
     run.checkpoint_clock = time.monotonic()
     if folder is not None:
-        run.last_checkpoint = run.state.step
+        run.last_checkpoint, run.checkpointed = run.state.step, folder
         run.metrics.flush()
         logger.info("checkpoint written: %s", folder)
 
@@ -240,5 +243,5 @@ def save_model(run: Run, name: str) -> None:
             metadata=metadata,
             extras=run.write_configs,
         )
-    run.last_saved = run.state.step
+    run.last_saved, run.saved = run.state.step, folder
     logger.info("saved: %s", folder)

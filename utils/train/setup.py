@@ -1,11 +1,9 @@
-"""From the command line to a `Run`: config, ranks, data, engine, in this order; the only place that reads config."""
+"""From the command line to cached data: config, ranks, datasets, in this order."""
 
 import argparse
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,19 +14,14 @@ from utils import dist
 from utils.config.load import ConfigError, LoadedConfig, load_config
 from utils.config.rules import check_paths, check_rules, require
 from utils.config.schema import RunConfig
-from utils.monitor import console as show
 from utils.monitor.logs import captured_output, log_to_file, quiet_libraries, setup_logging, terminal
-from utils.monitor.meters import Meters
-from utils.monitor.metrics import MetricsWriter, WandbSettings
+from utils.monitor.metrics import WandbSettings
 from utils.monitor.progress import CacheProgress
-from utils.train import checkpoint
-from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings, build_engine, check_settings
+from utils.train import tell
+from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings, check_settings
 from utils.train.engine import init_distributed
-from utils.train.loop import LoopSettings, Run
-from utils.train.record import write_configs, write_record
+from utils.train.prepare import DEFAULT_WORKERS, Prepared, prepare
 from utils.train.run_folder import find_checkpoint, new_run_folder
-from utils.train.state import TrainState
-from utils.train.triggers import Every
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,6 +65,8 @@ def read_config(flags: argparse.Namespace) -> Job:
     if family is None or errors:
         raise ConfigError(errors)
     quiet_libraries()
+    for encoder in family.encoders():
+        encoder.check()
     notices = require(loaded, dist.world_size(), family.media_spec())
     check_settings(family, engine_settings(loaded.run))
     if loaded.run.monitoring.enable_wandb:
@@ -101,26 +96,7 @@ def join(job: Job) -> None:
         job.run_dir = Path(agreed)
         job.log_file = log_to_file(job.run_dir, dist.rank())
     if dist.is_main():
-        introduce(job)
-
-
-def introduce(job: Job) -> None:
-    """The first lines of the console."""
-    config = job.config
-    trains = f"LoRA of rank {config.adapter.rank}" if config.adapter else "all weights"
-    ranks, stages = dist.world_size(), config.pipeline_stages
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    show.show(
-        job.console,
-        f"{job.family.title}: training {trains} on {show.counted(ranks, 'process')} ({where}), "
-        f"{show.counted(stages, 'pipeline stage')} x {show.counted(ranks // stages, 'data rank')}",
-    )
-    if job.run_dir:
-        show.show(
-            job.console, f"run folder: {job.run_dir}" + (f", going on from {job.resume.name}" if job.resume else "")
-        )
-    for notice in job.notices:
-        show.show(job.console, f"note: {notice}")
+        tell.introduce(job.console, job.family, job.config, job.run_dir, job.resume, job.notices)
 
 
 def engine_settings(config: RunConfig) -> EngineSettings:
@@ -159,3 +135,21 @@ def wandb_settings(loaded: LoadedConfig) -> WandbSettings:
         api_key=monitoring.wandb_api_key.get_secret_value() or None,
         config={"run": loaded.run.model_dump(mode="json"), "model": loaded.model.model_dump(mode="json")},
     )
+
+
+def prepare_data(job: Job) -> Prepared:
+    """Scan, cache, and tell what came of it."""
+    config = job.config
+    workers = config.map_num_proc or min(DEFAULT_WORKERS, os.cpu_count() or 1)
+    with CacheProgress(job.console, enabled=dist.is_main()) as progress:
+        prepared = prepare(
+            job.loaded,
+            job.family,
+            workers=workers,
+            regenerate=job.flags.regenerate_cache,
+            progress=progress,
+            run_dir=job.run_dir,
+        )
+    if dist.is_main():
+        tell.cache(job.console, prepared, job.run_dir)
+    return prepared

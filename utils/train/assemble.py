@@ -1,0 +1,191 @@
+"""A job and its cached data to a `Run`: engine, plan, loader, meters, resumed where that was asked for."""
+
+import logging
+from typing import Any
+
+from utils import dist
+from utils.config.schema import RunConfig
+from utils.data.dataset import CachedDataset
+from utils.data.loader import StepLoader
+from utils.data.manifest import Manifest
+from utils.data.plan import BatchShape, EpochPlan
+from utils.data.records import Bucket
+from utils.monitor.console import LiveLine
+from utils.monitor.logs import captured_output
+from utils.monitor.meters import Meters
+from utils.monitor.metrics import MetricsWriter
+from utils.monitor.progress import CacheProgress
+from utils.train import checkpoint, tell
+from utils.train.build import Built, build_engine
+from utils.train.checkpoint import CheckpointError
+from utils.train.evaluate import EvalSet
+from utils.train.loop import LoopSettings, Run
+from utils.train.prepare import TRAIN, Prepared
+from utils.train.record import write_configs, write_record
+from utils.train.setup import DTYPES, Job, engine_settings, wandb_settings
+from utils.train.state import TrainState
+from utils.train.triggers import Every
+from utils.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+
+def build_run(job: Job, data: Prepared) -> Run:
+    """The engine, the plan and everything else that the loop needs; resumed where that was asked for."""
+    config, settings = job.config, engine_settings(job.config)
+    with captured_output(job.log_file):
+        built = build_engine(job.family, settings, dist.device())
+    engine = built.engine
+    data_ranks = engine.grid.get_data_parallel_world_size()
+    plan = make_plan(config, data.train, data_ranks)
+    course = course_of(config, plan)
+    state, meters = TrainState(), Meters()
+    if job.resume:
+        state = resume(job, built, plan, course, meters)
+    total = total_steps(config, plan, state)
+    reads_data = engine.is_first_stage() or engine.is_last_stage()
+    train_set = dataset_of(job, data, data.train, config.seed, config.uncond_fraction)
+    run = Run(
+        run_dir=job.run_dir,
+        family=job.family,
+        built=built,
+        plan=plan,
+        loader=StepLoader(train_set, plan, engine.data_rank, state.plan_step) if reads_data else None,
+        eval_sets=eval_sets(job, data),
+        settings=loop_settings(config, total),
+        state=state,
+        course=course,
+        metrics=MetricsWriter(
+            job.run_dir,
+            enabled=dist.is_main(),
+            x_axis_examples=config.x_axis_examples,
+            resume_step=state.step if job.resume else None,
+            wandb=wandb_settings(job.loaded) if config.monitoring.enable_wandb else None,
+        ),
+        meters=meters,
+        display=LiveLine(job.console, enabled=dist.is_main(), steps_per_print=config.steps_per_print),
+        progress=CacheProgress(job.console, enabled=dist.is_main()),
+        metadata=file_metadata(job),
+        write_configs=lambda folder: write_configs(job.loaded, folder),
+        base_lrs=[config.force_constant_lr or config.optimizer.lr] * len(built.optimizer.param_groups),
+    )
+    if dist.is_main():
+        write_record(job.loaded, job.run_dir, {"layers": engine.module.parts, "ranks": dist.world_size()})
+        tell.plan(job.console, job.family, run, ranks_of(built, data_ranks))
+    return run
+
+
+def make_plan(config: RunConfig, train: Manifest, data_ranks: int) -> EpochPlan:
+    """Raises `ValueError` where no bucket ever fills a batch."""
+
+    def batch_of(bucket: Bucket) -> BatchShape:
+        return BatchShape(config.micro_batch_size(*bucket), config.gradient_accumulation_steps, data_ranks)
+
+    plan = EpochPlan(train.entries, [group.num_repeats for group in train.groups], batch_of, config.seed)
+    if plan.first_step(config.epochs + 1) == 0:
+        sizes = ", ".join(f"{row.bucket}: {row.clips} clips, batch {row.batch.samples}" for row in plan.counts())
+        raise ValueError(
+            f"{config.epochs} epochs do not fill a single batch ({sizes}); lower micro_batch_size_per_gpu or "
+            "gradient_accumulation_steps, or raise epochs or num_repeats"
+        )
+    return plan
+
+
+def course_of(config: RunConfig, plan: EpochPlan) -> dict[str, Any]:
+    """What decides which samples come when, for the comparison at resume."""
+    return {
+        "order": plan.digest(),
+        "seed": config.seed,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "micro_batch_size_per_gpu": config.micro_batch_size_per_gpu,
+        "image_micro_batch_size_per_gpu": config.image_micro_batch_size_per_gpu,
+        "data_ranks": dist.world_size() // config.pipeline_stages,
+        "uncond_fraction": config.uncond_fraction,
+    }
+
+
+def resume(job: Job, built: Built, plan: EpochPlan, course: dict[str, Any], meters: Meters) -> TrainState:
+    """Fill weights, optimizer and meters from the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or the data would come in another order.
+    """
+    optimizer = None if job.flags.reset_optimizer else built.optimizer
+    loaded = checkpoint.load(job.resume, trained=built.trained, optimizer=optimizer)
+    meters.load_state_dict(loaded.meters)
+    if job.flags.reset_dataloader:
+        return loaded.state.restarted(loaded.epochs_done)
+    if loaded.course["order"] != course["order"]:
+        changes = checkpoint.course_changes(loaded.course, course)
+        what = ", ".join(change for change in changes if not change.startswith("order")) or "the clips themselves"
+        raise CheckpointError(
+            f"cannot go on from {job.resume}: {what} changed, and with it the order of the data; change it back, or "
+            "pass --reset_dataloader to start the data from its beginning"
+        )
+    for change in checkpoint.course_changes(loaded.course, course):
+        logger.warning("changed since the checkpoint: %s", change)
+    return loaded.state
+
+
+def total_steps(config: RunConfig, plan: EpochPlan, state: TrainState) -> int:
+    """Optimizer steps of the whole run; `epochs` and `max_steps` are totals, earlier starts included."""
+    left = max(config.epochs - state.epoch_start, 0)
+    steps = state.data_start + plan.first_step(left + 1)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def dataset_of(job: Job, data: Prepared, manifest: Manifest, seed: int, caption_dropout: float) -> CachedDataset:
+    return CachedDataset(
+        job.family,
+        data.store,
+        manifest.entries,
+        manifest.empty_text_key,
+        seed=seed,
+        caption_dropout=caption_dropout,
+    )
+
+
+def eval_sets(job: Job, data: Prepared) -> list[EvalSet]:
+    config = job.config
+
+    def micro_batch_of(bucket: Bucket) -> int:
+        return config.micro_batch_size(*bucket, evaluating=True)
+
+    held_out = {name: manifest for name, manifest in data.manifests.items() if name != TRAIN}
+    return [
+        EvalSet(name, dataset_of(job, data, manifest, config.eval_seed, 0.0), micro_batch_of)
+        for name, manifest in held_out.items()
+    ]
+
+
+def loop_settings(config: RunConfig, total: int) -> LoopSettings:
+    constant = config.force_constant_lr is not None
+    return LoopSettings(
+        total_steps=total,
+        schedule="constant" if constant else config.lr_scheduler,
+        warmup_steps=0 if constant else config.warmup_steps,
+        eval_every=Every(config.eval_every_n_steps, config.eval_every_n_epochs, config.eval_every_n_examples),
+        eval_before_first_step=config.eval_before_first_step,
+        save_every=Every(config.save_every_n_steps, config.save_every_n_epochs, config.save_every_n_examples),
+        checkpoint_every=Every(n_epochs=config.checkpoint_every_n_epochs, minutes=config.checkpoint_every_n_minutes),
+        keep_last=config.keep_last,
+        logging_steps=config.logging_steps,
+        save_dtype=DTYPES[config.save_dtype] if config.save_dtype else None,
+        is_adapter=config.adapter is not None,
+    )
+
+
+def file_metadata(job: Job) -> dict[str, str]:
+    """For the header of saved files; step and epoch are added when one is written."""
+    adapter = job.config.adapter
+    adapted = {"rank": str(adapter.rank), "alpha": f"{adapter.alpha:g}"} if adapter else {}
+    return {"format": "pt", "base_model": job.family.title, **adapted, "reelpipe.version": VERSION}
+
+
+def ranks_of(built: Built, data_ranks: int) -> list[list[int]]:
+    """Global ranks of each stage."""
+    grid = built.engine.grid
+    return [
+        [grid.topology().get_rank(pipe=stage, data=data) for data in range(data_ranks)]
+        for stage in range(grid.get_pipe_parallel_world_size())
+    ]

@@ -1,0 +1,117 @@
+"""Datasets to manifests and a filled cache, agreed on by all ranks."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from models.base import ModelFamily
+from utils import dist
+from utils.config.load import LoadedConfig
+from utils.data.cache import CacheStore
+from utils.data.manifest import Manifest, build_manifest, overlap
+from utils.data.precache import PrecacheReport, precache
+from utils.data.scan import Skipped
+from utils.data.workers import Progress
+
+DEFAULT_WORKERS = 8
+TRAIN = ""  # the training set's name among manifests; eval sets have their own
+
+
+class Prepared(NamedTuple):
+    """All datasets, cached."""
+
+    store: CacheStore
+    manifests: dict[str, Manifest]
+    report: PrecacheReport
+
+    @property
+    def train(self) -> Manifest:
+        return self.manifests[TRAIN]
+
+
+def prepare(
+    loaded: LoadedConfig,
+    family: ModelFamily,
+    *,
+    workers: int,
+    regenerate: bool,
+    progress: Progress,
+    run_dir: Path | None,
+) -> Prepared:
+    """Rank 0 scans and decides what is missing; every rank encodes its share.
+
+    Raises:
+        ValueError: bad media, nothing to train on, or a file that is in training and eval data.
+    """
+    run = loaded.run
+    store = CacheStore(run.cache_dir)
+    encoders = family.encoders()
+    datasets = {TRAIN: loaded.dataset, **loaded.eval_datasets}
+    folder = store.root / "manifests"
+    named = ""
+    if dist.is_main():
+        manifests = {
+            name: build_manifest(
+                dataset.directory,
+                spec=family.media_spec(),
+                clip_mode=run.video_clip_mode,
+                encoders=encoders,
+                store=store,
+                workers=workers,
+                skip_bad_media=run.skip_bad_media,
+                regenerate=regenerate,
+                progress=progress,
+            )
+            for name, dataset in datasets.items()
+        }
+        refuse_overlap(manifests)
+        named = run_dir.name if run_dir else "cache_only"
+        for name, manifest in manifests.items():
+            manifest.save(folder / named / f"{name or 'train'}.json")
+    # what rank 0 decided is what every rank reads: the folder is all that they share
+    named = dist.text_from_main(named)
+    manifests = {name: Manifest.load(folder / named / f"{name or 'train'}.json") for name in datasets}
+    report = precache(
+        list(manifests.values()),
+        encoders,
+        store,
+        device=dist.device(),
+        workers=workers,
+        batch_size=run.caching_batch_size,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        barrier=dist.barrier,
+        progress=progress,
+        skip_bad_media=run.skip_bad_media,
+    )
+    manifests = {name: manifest.without(report.failed) for name, manifest in manifests.items()}
+    if dist.is_main() and run_dir:
+        write_skipped(run_dir / "skipped.jsonl", manifests)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Prepared(store, manifests, report)
+
+
+def refuse_overlap(manifests: Mapping[str, Manifest]) -> None:
+    """Raises `ValueError` naming the files that are in training and eval data alike, by content."""
+    for name, manifest in manifests.items():
+        if name != TRAIN and (shared := overlap(manifests[TRAIN], manifest)):
+            lines = "".join(f"\n  {line}" for line in shared)
+            raise ValueError(
+                f"eval dataset {name!r}: {len(shared)} files are in the training data too, so its loss would measure "
+                f"nothing; take them out of one of the two:{lines}"
+            )
+
+
+def skipped(manifests: Mapping[str, Manifest]) -> list[tuple[str, Skipped]]:
+    """(dataset, file and reason) of all that is left out."""
+    return [(name or "train", item) for name, manifest in manifests.items() for item in manifest.skipped]
+
+
+def write_skipped(path: Path, manifests: Mapping[str, Manifest]) -> None:
+    """One JSON object a file that is left out."""
+    rows = [{"dataset": name, "path": str(item.path), "reason": item.reason} for name, item in skipped(manifests)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
