@@ -1,6 +1,6 @@
 """Pre-caching against bare decoding: clips a second with 1 and 2 workers when encoding is free.
 
-    python tests/bench/precache.py [--clips 24] [--rounds 3]
+    python tests/bench/precache.py [--clips 24] [--rounds 5]
 
 Both sides read the same h264 clips, made on the spot, and need the same frames of them: the 33 that a clip of the
 model shows at 16 fps out of 50 at 24 fps.
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from models.base import Encoder
+from tests.bench.common import machine_line
 from utils.data.cache import CacheStore
 from utils.data.decode_pool import PixelJob
 from utils.data.manifest import Manifest
@@ -97,51 +98,40 @@ def time_ours(paths, workers, bucket):
     jobs = [PixelJob(f"{i:040x}", path, True, Fraction(0), MODEL_FPS, bucket) for i, path in enumerate(paths)]
     manifest = Manifest([], [], [], jobs, [], {}, "")
     with tempfile.TemporaryDirectory() as folder:
-        begun = perf_counter()
-        precache(
-            [manifest],
-            [FreeEncoder()],
-            CacheStore(Path(folder)),
-            device=torch.device("cpu"),
-            workers=workers,
-            batch_size=1,
-        )
+        store, begun = CacheStore(Path(folder)), perf_counter()
+        precache([manifest], [FreeEncoder()], store, device=torch.device("cpu"), workers=workers, batch_size=1)
         return perf_counter() - begun
+
+
+def compare(size, bucket, workers, queue, rounds):
+    """One line of the table."""
+    seconds = [
+        (time_ours(queue, workers, bucket), time_bare(queue, workers, True), time_bare(queue, workers, False))
+        for _ in range(rounds)
+    ]
+    rates = [len(queue) / statistics.median(column) for column in zip(*seconds, strict=True)]
+    ratios = [statistics.median(row[other] / row[0] for row in seconds) for other in (1, 2)]
+    figures = "".join(f"{rate:>10.2f}" for rate in rates) + "".join(f"{ratio:>10.2f}" for ratio in ratios)
+    return f"{size[0]}x{size[1]:<5}{bucket!s:>12}{workers:>9}{figures}\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("clips a second (median over rounds)")
-    print(
-        f"{'source':>10} {'bucket':>12} {'workers':>7} {'ours':>8} {'bare rgb':>9} {'bare yuv':>9} {'ours/rgb':>9} {'ours/yuv':>9}"
-    )
+    write = sys.stdout.write
+    write(f"{machine_line(torch)}, av {av.__version__}\nclips a second; ratios are ours / bare\n")
+    write("source        bucket  workers      ours  bare rgb  bare yuv    to rgb    to yuv\n")
     with tempfile.TemporaryDirectory() as folder:
         for size, bucket in CASES:
-            paths = [Path(folder) / f"{size[0]}_{i}.mp4" for i in range(4)]
+            paths = [Path(folder) / f"{size[0]}_{seed}.mp4" for seed in range(4)]
             for seed, path in enumerate(paths):
                 make_clip(path, size, seed)
             queue = [paths[i % len(paths)] for i in range(arguments.clips)]
             for workers in (1, 2):
-                rounds = [
-                    (
-                        time_ours(queue, workers, bucket),
-                        time_bare(queue, workers, True),
-                        time_bare(queue, workers, False),
-                    )
-                    for _ in range(arguments.rounds)
-                ]
-                ours, rgb, yuv = (statistics.median(column) for column in zip(*rounds, strict=True))
-                to_rgb = statistics.median(row[1] / row[0] for row in rounds)
-                to_yuv = statistics.median(row[2] / row[0] for row in rounds)
-                rates = [arguments.clips / seconds for seconds in (ours, rgb, yuv)]
-                print(
-                    f"{size[0]}x{size[1]:<5} {bucket!s:>12} {workers:>7} "
-                    f"{rates[0]:>8.2f} {rates[1]:>9.2f} {rates[2]:>9.2f} {to_rgb:>9.2f} {to_yuv:>9.2f}"
-                )
+                write(compare(size, bucket, workers, queue, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""A toy family of under 100 lines: proof that a new model is one subclass, and the engine tests' small model."""
+"""A toy family of under 100 lines: proof that a new model is one subclass and one registry line."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import flow_match
@@ -19,96 +21,108 @@ class ToyBlock(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, boundary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def forward(self, boundary):
         x, context, grid = boundary
         return x + self.down(torch.tanh(self.up(x) + context.float().mean((1, 2))[:, None, None])), context, grid
 
 
 class ToyEmbed(nn.Linear):
-    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, t, text = inputs
-        grid = torch.tensor(x.shape[2:])  # integers cross the boundary too
-        return super().forward(x.flatten(2).transpose(1, 2)) + t[:, None, None], text.to(torch.float64), grid
+    def forward(self, inputs):
+        x, t, text = inputs  # integers and a second float dtype cross the boundary too
+        return super().forward(x.flatten(2).mT) + t[:, None, None], text.double(), torch.tensor(x.shape[2:])
 
 
 class ToyHead(nn.Linear):
-    def forward(self, boundary: tuple[Tensor, ...]) -> Tensor:
-        x, _, grid = boundary
-        return super().forward(x).transpose(1, 2).unflatten(2, tuple(grid.tolist()))
+    def forward(self, boundary):
+        return super().forward(boundary[0]).mT.unflatten(2, tuple(boundary[2].tolist()))
 
 
 class ToyModel(nn.Module):
     def __init__(self, width: int = 8, blocks: int = 4) -> None:
         super().__init__()
-        self.embed = ToyEmbed(16, width)
+        self.embed, self.head = ToyEmbed(16, width), ToyHead(width, 16)
         self.blocks = nn.ModuleList(ToyBlock(width) for _ in range(blocks))
-        self.head = ToyHead(width, 16)
 
 
 class ToyWeights:
+    shapes = {name: p.shape for name, p in ToyModel().named_parameters()}
+
     def names(self) -> set[str]:
-        return {name for name, _ in ToyModel().named_parameters()}
+        return set(self.shapes)
 
     def read(self, name: str) -> Tensor:
-        shape = dict(ToyModel().named_parameters())[name].shape
         generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return torch.randn(self.shapes[name], generator=generator) / self.shapes[name][-1] ** 0.5
 
 
-class ToyConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    type: str = "toy"
+class ToyEncoder(Encoder):
+    def fingerprint(self):
+        return {"toy": self.kind}
+
+    def load(self, device) -> None: ...
+    def unload(self) -> None: ...
+
+
+class ToyVAE(ToyEncoder):
+    kind, reads = "latents", "pixels"
+
+    def encode(self, items):
+        frames = [torch.as_tensor(np.asarray(item))[::4, ::8, ::8].float() / 127.5 - 1 for item in items]
+        return [{"latents": f.permute(3, 0, 1, 2).repeat(6, 1, 1, 1)[:16].contiguous()} for f in frames]
+
+
+class ToyText(ToyEncoder):
+    kind, reads = "text", "caption"
+
+    def encode(self, items):
+        return [{"text": torch.tensor([[len(caption) / 100, 1.0, 0.0]] * 2)} for caption in items]
 
 
 class ToyFamily(ModelFamily):
-    Config = ToyConfig
+    Config = type("ToyConfig", (BaseModel,), {"__annotations__": {"type": str}})
     title, compute_dtype = "toy", torch.float32
 
-    def __init__(self, config: ToyConfig | None = None, **_: object) -> None: ...
-
-    def media_spec(self) -> MediaSpec:
+    def __init__(self, config=None, **_) -> None: ...
+    def media_spec(self):
         return MediaSpec(Fraction(16), 16, 4, True)
 
     def tokens(self, width: int, height: int, frames: int) -> int:
         return width * height * frames
 
-    def encoders(self) -> Sequence[Encoder]:
-        return []
+    def encoders(self):
+        return [ToyVAE(), ToyText()]
 
     def micro_batch(self, samples: Sequence[Mapping[str, Tensor]], draws: Sequence[Draw]) -> MicroBatch:
-        latents = torch.stack([sample["latents"] for sample in samples])
-        noise = torch.stack(
-            [flow_match.seeded_noise(tuple(s["latents"].shape), d.seed) for s, d in zip(samples, draws)]
-        )
+        latents, text = (torch.stack([s[key] for s in samples]) for key in ("latents", "text"))
+        noise = torch.stack([flow_match.seeded_noise(tuple(latents.shape[1:]), draw.seed) for draw in draws])
         t = flow_match.timestep(torch.tensor([draw.quantile for draw in draws]), "uniform")
         noisy, target = flow_match.noisy_and_target(latents, noise, t)
-        return MicroBatch((noisy, t, torch.stack([sample["text"][:1] for sample in samples])), (target,))
+        return MicroBatch((noisy, t, text), (target,))
 
-    def build_skeleton(self) -> nn.Module:
+    def build_skeleton(self):
         with torch.device("meta"):
             return ToyModel()
 
-    def pipeline_layers(self, skeleton: nn.Module) -> list[nn.Module]:
+    def pipeline_layers(self, skeleton):
         return [skeleton.embed, *skeleton.blocks, skeleton.head]
 
-    def open_weights(self) -> ToyWeights:
+    def open_weights(self):
         return ToyWeights()
 
-    def storage_dtype(self, name: str) -> torch.dtype:
+    def storage_dtype(self, name: str):
         return torch.float32
 
-    def lora_targets(self, skeleton: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
+    def lora_targets(self, skeleton, exclude=()):
         return [n for n, m in skeleton.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)]
 
-    def loss(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
+    def loss(self, prediction, target):
         return flow_match.flow_loss(prediction, target[0])
 
-    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
-        return self.save_full(tensors, folder, metadata)
+    def save_full(self, tensors, folder: Path, metadata):
+        save_file(dict(tensors), folder / "toy.safetensors", dict(metadata))
+        return folder / "toy.safetensors"
 
-    def load_lora(self, path: Path) -> dict[str, Tensor]:
-        return torch.load(path, weights_only=True)
+    save_lora = save_full
 
-    def save_full(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
-        torch.save(dict(tensors), folder / "toy.pt")
-        return folder / "toy.pt"
+    def load_lora(self, path: Path):
+        return load_file(path / "toy.safetensors" if path.is_dir() else path)

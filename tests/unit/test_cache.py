@@ -71,13 +71,14 @@ def test_damage_is_found_at_the_read_and_names_the_file(store, damage):
     assert store.has("latents", "ab") == (damage is flip_a_bit)  # planning looks at lengths only
 
 
-def test_a_failed_write_leaves_what_was_there(store, monkeypatch):
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
+def test_a_failed_write_leaves_what_was_there(store, monkeypatch, call):
     store.write("latents", "ab", TENSORS, {})
 
-    def no_space(descriptor):
+    def no_space(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", no_space)
+    monkeypatch.setattr(call, no_space)
     with pytest.raises(OSError, match="No space left"):
         store.write("latents", "ab", {"latents": torch.zeros(3)}, {})
     monkeypatch.undo()

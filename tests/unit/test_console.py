@@ -177,7 +177,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then():
         progress.advance(1, f"{i}.mp4")
     progress.done()
     assert console.file.getvalue().splitlines() == [
-        "latents: 100 items to encode",
+        "latents: 100 items",
         "latents: 10 of 100  1/s  ETA 1m30s  9.mp4",
         "latents: 20 of 100  1/s  ETA 1m20s  19.mp4",
         "latents: 30 of 100  1/s  ETA 1m10s  29.mp4",

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-import socket
+import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,7 +106,7 @@ def _checksum(content: bytes, start: int) -> str:
 def write_whole(path: Path, content: bytes) -> None:
     """Put `content` at `path` at once: a reader, or a run after a crash, finds all of it or what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)

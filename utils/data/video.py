@@ -11,13 +11,14 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from utils.data.media_types import MediaError, Probe, cover_size
 
 # FFmpeg opens these whatever the suffix says; they are pictures, terminal art or play lists that name other files.
 _NOT_VIDEO = frozenset(["image2", "tty", "concat", "hls", "dash"])
+_SEEK_LEADS_S = (0, 10)
 _RGB_OF_GBR = (2, 0, 1)  # planes of the format gbrp that hold red, green and blue
 
 
@@ -129,12 +130,14 @@ def _shown_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
 
 def decode_video(path: Path, start: Fraction, fps: Fraction, out: np.ndarray) -> None:
     """Fill `out`, uint8 [F, h, w, 3]: frame i is the one on show at `start + i / fps` s after the first."""
-    for seek in (True, False) if start > 0 else (False,):
+    # A seek should land on the key frame at or before the start. MPEG-TS has no index and lands past it.
+    seeks_s = [max(Fraction(0), start - lead_s) for lead_s in _SEEK_LEADS_S]
+    for seek_s in dict.fromkeys([*seeks_s, Fraction(0)]):
         with _opened(path) as (container, stream):
-            if seek:
-                tick = (stream.start_time or 0) + math.floor(start / stream.time_base)
+            if seek_s:
+                tick = (stream.start_time or 0) + math.floor(seek_s / stream.time_base)
                 container.seek(tick, stream=stream, backward=True)
-            if _fill(path, container.decode(stream), stream, start, fps, out, sought=seek):
+            if _fill(path, container.decode(stream), stream, start, fps, out, sought=bool(seek_s)):
                 return
 
 
@@ -236,7 +239,6 @@ class _ClipWriter:
             height,
             "gbrp",
             interpolation=Interpolation.BICUBIC,
-            dst_color_range=ColorRange.JPEG,
             threads=1,
         )
         top, left = (height - target_h) // 2, (width - target_w) // 2

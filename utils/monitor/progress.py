@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Column
 from rich.text import Text
 
-from utils.monitor.console import counted, duration, show
+from utils.monitor.console import LiveLine, counted, duration, show
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal; an item that takes longer is told when it is done
 
@@ -95,7 +95,7 @@ class CacheProgress:
             self._bar.add_task(label, total=total, item="")
             self._bar.start()
         else:
-            show(self._console, f"{label}: {counted(total, 'item')} to encode")
+            show(self._console, f"{label}: {counted(total, 'item')}")
 
     def advance(self, n: int = 1, name: str = "") -> None:
         """`n` more items are done; `name` is the last of them."""
@@ -120,3 +120,36 @@ class CacheProgress:
 
     def __exit__(self, *_: object) -> None:
         self.done()
+
+
+class LiveProgress:
+    """Progress of an evaluation in the place of the live line, which a bar of its own would tear.
+
+    Where the output is no terminal it tells how far it is only when it takes long.
+    """
+
+    def __init__(
+        self, live: LiveLine, console: Console, *, enabled: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._live, self._console, self._enabled, self._clock = live, console, enabled, clock
+        self._label = ""
+        self._total = self._done = 0
+        self._started = self._last_line = 0.0
+
+    def start(self, total: int, label: str) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._started = self._last_line = self._clock()
+
+    def advance(self, n: int = 1, name: str = "") -> None:
+        self._done += n
+        if not self._enabled:
+            return
+        line = progress_line(self._label, self._done, self._total, self._clock() - self._started, name)
+        if self._console.is_terminal:
+            self._live.note(line)
+        elif self._clock() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = self._clock()
+            show(self._console, Text(line))
+
+    def done(self) -> None:
+        """Nothing to take away: the next step's line follows."""

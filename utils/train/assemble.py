@@ -14,7 +14,7 @@ from utils.monitor.console import LiveLine
 from utils.monitor.logs import captured_output
 from utils.monitor.meters import Meters
 from utils.monitor.metrics import MetricsWriter
-from utils.monitor.progress import CacheProgress
+from utils.monitor.progress import LiveProgress
 from utils.train import checkpoint, tell
 from utils.train.build import Built, build_engine
 from utils.train.checkpoint import CheckpointError
@@ -44,6 +44,7 @@ def build_run(job: Job, data: Prepared) -> Run:
         state = resume(job, built, plan, course, meters)
     total = total_steps(config, plan, state)
     reads_data = engine.is_first_stage() or engine.is_last_stage()
+    display = LiveLine(job.console, enabled=dist.is_main(), steps_per_print=config.steps_per_print)
     train_set = dataset_of(job, data, data.train, config.seed, config.uncond_fraction)
     run = Run(
         run_dir=job.run_dir,
@@ -63,8 +64,8 @@ def build_run(job: Job, data: Prepared) -> Run:
             wandb=wandb_settings(job.loaded) if config.monitoring.enable_wandb else None,
         ),
         meters=meters,
-        display=LiveLine(job.console, enabled=dist.is_main(), steps_per_print=config.steps_per_print),
-        progress=CacheProgress(job.console, enabled=dist.is_main()),
+        display=display,
+        progress=LiveProgress(display, job.console, enabled=dist.is_main()),
         metadata=file_metadata(job),
         write_configs=lambda folder: write_configs(job.loaded, folder),
         base_lrs=[config.force_constant_lr or config.optimizer.lr] * len(built.optimizer.param_groups),

@@ -12,6 +12,7 @@ DeepSpeed keeps the schedule (1F1B), the process grid and the data-parallel redu
 - The start-up broadcast is left out: all ranks read the same files, and new weights are seeded by name.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -257,9 +258,13 @@ class ReelEngine(PipelineEngine):
 
 
 def init_distributed() -> None:
-    """Join the process group that the launcher described."""
+    """Join the process group that the launcher described; without a launcher this process is all of it."""
     if torch.cuda.is_available():
         torch.cuda.set_device(ours.local_rank())
+    alone: dict[str, Any] = {}
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them here and there
+        alone = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
     deepspeed.init_distributed(
-        dist_backend=ours.backend(), auto_mpi_discovery=False, verbose=False, timeout=ours.COLLECTIVE_TIMEOUT
+        dist_backend=ours.backend(), auto_mpi_discovery=False, verbose=False, timeout=ours.COLLECTIVE_TIMEOUT, **alone
     )

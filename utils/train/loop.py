@@ -97,19 +97,22 @@ class Run:
 
 def train(run: Run) -> bool:
     """Train to the end or until asked to stop; True when the end was reached. Every rank calls this."""
-    if run.state.step == 0 and run.settings.eval_before_first_step:
-        evaluate_all(run)
     files = SignalFiles(run.run_dir)
     asked = Decision.NONE
     with StopSignals() as signals, run.display:
+        if run.state.step == 0 and run.settings.eval_before_first_step:
+            evaluate_all(run)
         while run.state.step < run.settings.total_steps and not asked & Decision.QUIT:
             before = run.milestones()
             one_step(run)
             asked = agree(run, files, signals)
             act(run, before, asked)
-    finished = run.state.step >= run.settings.total_steps
-    if finished:
-        finish(run)
+        finished = run.state.step >= run.settings.total_steps
+        if finished:
+            finish(run)
+    run.metrics.close()
+    if run.loader is not None:
+        run.loader.close()
     return finished
 
 

@@ -1,7 +1,9 @@
 """Datasets to manifests and a filled cache, agreed on by all ranks."""
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +55,7 @@ def prepare(
     folder = store.root / "manifests"
     named = ""
     if dist.is_main():
+        named = f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}"  # runs may share the cache
         manifests = {
             name: build_manifest(
                 dataset.directory,
@@ -68,12 +71,10 @@ def prepare(
             for name, dataset in datasets.items()
         }
         refuse_overlap(manifests)
-        named = run_dir.name if run_dir else "cache_only"
-        for name, manifest in manifests.items():
-            manifest.save(folder / named / f"{name or 'train'}.json")
+        save_manifests(manifests, folder / named)
     # what rank 0 decided is what every rank reads: the folder is all that they share
     named = dist.text_from_main(named)
-    manifests = {name: Manifest.load(folder / named / f"{name or 'train'}.json") for name in datasets}
+    manifests = load_manifests(datasets, folder / named)
     report = precache(
         list(manifests.values()),
         encoders,
@@ -88,11 +89,22 @@ def prepare(
         skip_bad_media=run.skip_bad_media,
     )
     manifests = {name: manifest.without(report.failed) for name, manifest in manifests.items()}
-    if dist.is_main() and run_dir:
-        write_skipped(run_dir / "skipped.jsonl", manifests)
+    if dist.is_main():
+        shutil.rmtree(folder / named, ignore_errors=True)  # all ranks have met since they read it
+        if run_dir:
+            write_skipped(run_dir / "skipped.jsonl", manifests)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Prepared(store, manifests, report)
+
+
+def save_manifests(manifests: Mapping[str, Manifest], folder: Path) -> None:
+    for name, manifest in manifests.items():
+        manifest.save(folder / f"{name or 'train'}.json")
+
+
+def load_manifests(names: Iterable[str], folder: Path) -> dict[str, Manifest]:
+    return {name: Manifest.load(folder / f"{name or 'train'}.json") for name in names}
 
 
 def refuse_overlap(manifests: Mapping[str, Manifest]) -> None:

@@ -41,11 +41,13 @@ def introduce(
 
 def cache(console: Console, prepared: Prepared, run_dir: Path | None) -> None:
     """What was encoded, and what is left out."""
-    report, manifests = prepared.report, prepared.manifests
-    for kind, noun, encoded in (("latents", "clip", report.latents), ("text", "caption", report.text)):
-        total = sum(manifest.counts[kind].total for manifest in manifests.values())
-        show.show(console, show.cache_summary(encoded, max(total, encoded), noun))
-    left_out = [(item.path.name, item.reason) for _, item in skipped(manifests)]
+    manifests = list(prepared.manifests.values())
+    entries = [entry for manifest in manifests for entry in manifest.entries]
+    latents = {entry.latents_key for entry in entries}
+    texts = {key for entry in entries for key in entry.text_keys} | {m.empty_text_key for m in manifests} - {""}
+    for keys, noun, encoded in ((latents, "clip", prepared.report.latents), (texts, "caption", prepared.report.text)):
+        show.show(console, show.cache_summary(encoded, len(keys), noun))
+    left_out = [(item.path.name, item.reason) for _, item in skipped(prepared.manifests)]
     if left_out:
         show.show(console, show.skipped_table(left_out, full_list=str((run_dir or Path()) / "skipped.jsonl")))
 

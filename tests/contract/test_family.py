@@ -1,0 +1,134 @@
+"""What every registered family must do; a new one gets these tests by a line in FAMILIES below."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models import lora
+from models.base import Draw, ModelFamily
+from models.flow_match import seeded_noise
+from tests.helpers.launch import ROOT
+from tests.helpers.models import wan_family
+from tests.helpers.toy import ToyFamily
+
+FAMILIES = {"toy": ToyFamily, "wan": wan_family}
+TEXT_WIDTH = {"toy": 3, "wan": 32}
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def family(name) -> ModelFamily:
+    return FAMILIES[name]()
+
+
+def samples(name: str) -> list[dict[str, torch.Tensor]]:
+    return [
+        {"latents": seeded_noise((16, 2, 4, 6), i), "text": seeded_noise((2, TEXT_WIDTH[name]), 9 + i)}
+        for i in range(2)
+    ]
+
+
+DRAWS = [Draw(0.3, 5), Draw(0.8, 6)]
+
+
+def real(family: ModelFamily, skeleton: torch.nn.Module) -> torch.nn.Module:
+    weights = family.open_weights()
+    for key, parameter in list(skeleton.named_parameters()):
+        parent, _, leaf = key.rpartition(".")
+        data = lora.init_lora(key, parameter.shape, 0) if lora.is_lora(key) else weights.read(lora.base_name(key))
+        value = torch.nn.Parameter(data.to(parameter.dtype).clone(), parameter.requires_grad)
+        setattr(skeleton.get_submodule(parent), leaf, value)
+    return skeleton
+
+
+def forward(family: ModelFamily, skeleton: torch.nn.Module, name: str) -> torch.Tensor:
+    batch = family.micro_batch(samples(name), DRAWS)
+    x = batch.inputs
+    for layer in family.pipeline_layers(skeleton):
+        x = layer(x)
+    return family.loss(x, batch.target)
+
+
+def test_parameters_are_on_meta_and_each_belongs_to_one_layer(family):
+    skeleton = family.build_skeleton()
+    assert all(p.is_meta for p in skeleton.parameters())
+    assert not any(b.is_meta for b in skeleton.buffers())
+    layers = family.pipeline_layers(skeleton)
+    held = [id(p) for layer in layers for p in layer.parameters()]
+    assert sorted(held) == sorted(id(p) for p in skeleton.parameters()), "each parameter in exactly one layer"
+    assert any(getattr(layer, "checkpointable", False) for layer in layers)
+
+
+def test_weights_have_the_skeletons_names_and_shapes(family):
+    weights, skeleton = family.open_weights(), family.build_skeleton()
+    parameters = dict(skeleton.named_parameters())
+    assert weights.names() >= set(parameters)
+    assert all(weights.read(key).shape == p.shape for key, p in parameters.items())
+
+
+def test_the_boundary_is_a_tuple_of_contiguous_tensors(family, name):
+    skeleton = real(family, family.build_skeleton())
+    x = family.micro_batch(samples(name), DRAWS).inputs
+    for layer in family.pipeline_layers(skeleton)[:-1]:
+        x = layer(x)
+        assert isinstance(x, tuple)
+        assert all(isinstance(t, torch.Tensor) and t.is_contiguous() for t in x)
+
+
+def test_losses_are_one_a_sample_whatever_the_batch(family, name):
+    skeleton = real(family, family.build_skeleton())
+    with torch.no_grad():
+        both = forward(family, skeleton, name)
+        assert both.shape == (2,)
+        assert both.dtype == torch.float32
+        batches = [family.micro_batch([sample], [draw]) for sample, draw in zip(samples(name), DRAWS, strict=True)]
+        for batch, expected in zip(batches, both, strict=True):
+            x = batch.inputs
+            for layer in family.pipeline_layers(skeleton):
+                x = layer(x)
+            assert torch.allclose(family.loss(x, batch.target)[0], expected, rtol=1e-5)
+
+
+def test_equal_draws_give_equal_micro_batches_in_another_process(family, name):
+    code = (
+        "import torch; from tests.contract.test_family import *\n"
+        f"batch = FAMILIES[{name!r}]().micro_batch(samples({name!r}), DRAWS)\n"
+        "print([float(t.double().sum()).hex() for part in batch for t in part])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    batch = family.micro_batch(samples(name), DRAWS)
+    assert told.strip() == str([float(t.double().sum()).hex() for part in batch for t in part])
+
+
+def test_an_adapter_starts_without_effect_and_learns(family, name):
+    skeleton = family.build_skeleton()
+    with torch.no_grad():
+        before = forward(family, real(family, family.build_skeleton()), name)
+    lora.add_lora(skeleton, family.lora_targets(skeleton), rank=2, alpha=2.0, dropout=0.0)
+    skeleton = real(family, skeleton)
+    trained = [p for p in skeleton.parameters() if p.requires_grad]
+    assert torch.allclose(forward(family, skeleton, name), before, rtol=1e-5)
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        forward(family, skeleton, name).mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert forward(family, skeleton, name).mean() < before.mean()
+
+
+def test_a_saved_adapter_loads_back(family, tmp_path):
+    skeleton = family.build_skeleton()
+    lora.add_lora(skeleton, family.lora_targets(skeleton), rank=2, alpha=2.0, dropout=0.0)
+    names = [(lora.plain_lora_name(key), p.shape) for key, p in skeleton.named_parameters() if lora.is_lora(key)]
+    tensors = {key: seeded_noise(tuple(shape), i) for i, (key, shape) in enumerate(names)}
+    family.save_lora(tensors, tmp_path, {"rank": "2", "alpha": "2"})
+    loaded = family.load_lora(tmp_path)
+    assert set(loaded) == set(tensors)
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)

@@ -1,0 +1,162 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit: mid-epoch, at an epoch's end, with dropout of both kinds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.launch import ROOT, run_ranks
+from tests.helpers.tiny import tiny_checkpoint
+
+STEPS, CUTS = 8, (1, 4, 6)  # the first epoch ends with step 4
+CONFIG = """
+output_dir = '{folder}/runs'
+dataset = '{folder}/dataset.toml'
+eval_datasets = [{{name = 'held_out', config = '{folder}/eval.toml'}}]
+epochs = 4
+max_steps = {steps}
+pipeline_stages = 2
+gradient_accumulation_steps = 2
+warmup_steps = 2
+lr_scheduler = 'cosine'
+uncond_fraction = 0.3
+activation_checkpointing = true
+eval_every_n_steps = 4
+save_every_n_steps = 100
+checkpoint_every_n_minutes = 0.0001
+map_num_proc = 1
+[model]
+type = 'wan'
+ckpt_path = '{folder}/official'
+dtype = 'float32'
+[adapter]
+type = 'lora'
+rank = 4
+dropout = 0.2
+[optimizer]
+type = '{optimizer}'
+lr = 1e-3
+weight_decay = 0.01
+"""
+DATASET = """
+resolutions = [64]
+frame_buckets = [1, 5]
+[[directory]]
+path = '{folder}/{name}'
+num_repeats = {repeats}
+"""
+
+
+def write_inputs(folder: Path, optimizer: str = "adamw_optimi") -> None:
+    data = ROOT / "examples" / "data"
+    for name, files in {"train": 7, "eval": 3}.items():
+        (folder / name).mkdir(parents=True)
+        captioned = [
+            p for p in sorted((data / name).iterdir()) if p.suffix != ".txt" and p.with_suffix(".txt").exists()
+        ]
+        for media in captioned[-files:]:
+            shutil.copy(media, folder / name)
+            shutil.copy(media.with_suffix(".txt"), folder / name)
+    (folder / "dataset.toml").write_text(DATASET.format(folder=folder, name="train", repeats=1.5))
+    (folder / "eval.toml").write_text(DATASET.format(folder=folder, name="eval", repeats=1))
+    (folder / "config.toml").write_text(CONFIG.format(folder=folder, steps=STEPS, optimizer=optimizer))
+
+
+def worker(folder: Path, _: None) -> dict:
+    """On every rank: the whole run, then one resumed from each cut."""
+    import train
+    from utils import dist
+
+    config = str(folder / "config.toml")
+    assert train.main(["--config", config]) == 0
+    (whole,) = [p for p in (folder / "runs").iterdir() if p.name != "cache"]
+    runs = {}
+    for cut in CUTS:
+        copy = folder / "runs" / f"20300101_00-00-0{cut}"
+        if dist.is_main():
+            shutil.copytree(whole, copy)
+            for later in range(cut + 1, STEPS + 1):
+                shutil.rmtree(copy / f"global_step{later}")
+            shutil.rmtree(copy / f"step{STEPS}")
+        dist.barrier()
+        assert train.main(["--config", config, "--resume_from_checkpoint", copy.name]) == 0
+        runs[cut] = str(copy)
+    return {"whole": str(whole), "runs": runs}
+
+
+@pytest.fixture(scope="module", params=[2])
+def runs(request, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("resume")
+    write_inputs(folder)
+    tiny_checkpoint(folder)
+    return run_ranks("tests.pipeline.test_resume:worker", request.param, folder)[0]
+
+
+def metrics(run: str) -> list[dict]:
+    timed = ("time", "perf/")
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_saved_lora_is_equal(runs, cut):
+    whole, resumed = (
+        load_file(Path(run) / f"step{STEPS}" / "adapter_model.safetensors")
+        for run in (runs["whole"], runs["runs"][cut])
+    )
+    assert set(whole) == set(resumed)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name), (
+        "B starts at zero: nothing was trained"
+    )
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_training_state_is_equal(runs, cut):
+    folders = [Path(run) / f"global_step{STEPS}" for run in (runs["whole"], runs["runs"][cut])]
+    files = [json.loads((folder / "manifest.json").read_text())["files"] for folder in folders]
+    assert set(files[0]) == {
+        "state.json",
+        *(f"{kind}_0{s}.{end}" for s in (0, 1) for kind, end in (("weights", "safetensors"), ("optimizer", "pt"))),
+    }
+    for name in files[0]:
+        if name.endswith(".pt"):
+            a, b = (torch.load(folder / name, weights_only=True) for folder in folders)
+            assert_equal(a, b)
+        else:
+            assert files[0][name] == files[1][name], name
+
+
+def assert_equal(a: object, b: object) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    else:
+        assert a == b
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("cut", CUTS)
+def test_metrics_have_neither_gap_nor_duplicate(runs, cut):
+    whole, resumed = metrics(runs["whole"]), metrics(runs["runs"][cut])
+    assert resumed == whole
+    assert [line["step"] for line in whole if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in whole if "held_out/loss" in line] == [0, 4, 8]
+
+
+@pytest.mark.pipeline
+def test_the_latest_pointer_names_the_last_checkpoint(runs):
+    assert (Path(runs["whole"]) / "latest").read_text().strip() == f"global_step{STEPS}"
