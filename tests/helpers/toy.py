@@ -45,7 +45,7 @@ class ToyModel(nn.Module):
 
 
 class ToyWeights:
-    shapes = {name: p.shape for name, p in ToyModel().named_parameters()}
+    shapes = {name: p.shape for name, p in ToyModel().named_parameters()}  # noqa: RUF012
 
     def names(self) -> set[str]:
         return set(self.shapes)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from utils.train.schedules import SCHEDULES, learning_rate_factor
+from utils.train.schedules import SCHEDULES, learning_rate_factor, warmup_factor
 
 
 def test_warmup_then_constant_is_torchs_linear_then_constant():
@@ -47,6 +47,6 @@ def test_unknown_name_is_named_with_the_nearest():
         learning_rate_factor("cosin", 0, 0, 10)
 
 
-def test_decay_without_a_step_left_is_refused():
-    with pytest.raises(ValueError, match="warmup_steps = 10 leaves no step for the linear decay"):
-        learning_rate_factor("linear", 0, 10, 10)
+def test_a_run_shorter_than_its_warm_up_only_warms_up():
+    factors = [learning_rate_factor("linear", step, 10, 5) for step in range(5)]
+    assert factors == [warmup_factor(step, 10) for step in range(5)]

@@ -45,7 +45,8 @@ def learning_rate_factor(name: str, step: int, warmup_steps: int, total_steps: i
     """What the base rate is multiplied by in step `step`.
 
     Decay runs over the steps after warm-up and reaches 0 at `total_steps`, one step past the last, so that every step
-    trains. Beyond the end (a run made longer by hand) it stays 0.
+    trains. Beyond the end (a run made longer by hand) it stays 0. A run shorter than its warm-up never decays: that is
+    worth a word at the start, and no reason to stop after the clips were encoded.
 
     Args:
         name: `lr_scheduler`: constant, linear or cosine.
@@ -53,17 +54,12 @@ def learning_rate_factor(name: str, step: int, warmup_steps: int, total_steps: i
         total_steps: of the whole run, warm-up included.
 
     Raises:
-        ValueError: unknown name, or a decay that warm-up leaves no step for.
+        ValueError: unknown name.
     """
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"lr_scheduler = {name!r} is not known{hint} Use one of: {', '.join(SCHEDULES)}")
-    if name != "constant" and warmup_steps >= total_steps:
-        raise ValueError(
-            f"warmup_steps = {warmup_steps} leaves no step for the {name} decay: the run has {total_steps} steps; "
-            "lower warmup_steps or train for longer"
-        )
     if step < warmup_steps:
         return warmup_factor(step, warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
