@@ -1,7 +1,7 @@
 """Flow matching: quantile to timestep, seeded noise, path, target and loss; pure functions.
 
-The path is x_t = (1 - t) * latents + t * noise and the target v = noise - latents (Lipman et al. 2023, arXiv 2210.02747,
-with the time axis of the official Wan code: t = 1 is noise).
+The path is x_t = (1 - t) * latents + t * noise and the target v = noise - latents (Lipman et al. 2023, arXiv
+2210.02747, with the time axis of the official Wan code: t = 1 is noise).
 """
 
 import math

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 INDEX_SUFFIX = ".index.json"
@@ -128,11 +129,20 @@ def load_pth(file: Path) -> dict[str, Tensor]:
         except RuntimeError:  # files older than torch 1.6 are no zip archives and cannot be mapped
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with how that may have come about
         raise ValueError(f"{file}: truncated, or not a file of plain tensors ({reason})") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ValueError(f"{file}: expected tensors by name, found a {type(loaded).__name__} of other things")
     return dict(loaded)
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """`save_file` with the rights that a new file has here: the library makes files that only their owner can read,
+    and ComfyUI often runs as somebody else."""
+    file.touch()
+    rights = file.stat().st_mode
+    save_file(dict(tensors), file, metadata=dict(metadata) if metadata else None)
+    file.chmod(rights)
 
 
 class WeightReader:

@@ -4,12 +4,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 StorageDtype = Literal["float32", "bfloat16", "float16", "float8", "float8_e4m3fn", "float8_e5m2"]
+
+
+def _expand(path: Path) -> Path:
+    if path == Path():
+        raise ValueError("is empty; write a path, or remove the key")
+    return path.expanduser()
+
+
 # strict mode takes no string for a Path; TOML has nothing else to give
-FilePath = Annotated[Path, Field(strict=False)]
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(_expand)]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

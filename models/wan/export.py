@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.lora import LORA_A, LORA_B, fold_scale
 from models.wan.keymaps import TRANSFORMER
 from models.wan.layouts import TRANSFORMER_STEM
-from models.weights import INDEX_SUFFIX, read_header, strip_prefix
+from models.weights import INDEX_SUFFIX, read_header, strip_prefix, write_safetensors
 
 LORA_FILE = "adapter_model.safetensors"
 LORA_CONFIG = "adapter_config.json"
@@ -208,7 +208,7 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[st
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = file.with_name(f"{file.name}.tmp")
-    save_file(whole, temporary, metadata={"format": "pt", **metadata})
+    write_safetensors(temporary, whole, {"format": "pt", **metadata})
     _put_in_place(temporary, file)
 
 

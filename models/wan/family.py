@@ -16,8 +16,16 @@ from models.lora import without_excluded
 from models.wan import export, variants
 from models.wan.config import WanModelConfig
 from models.wan.keymaps import TRANSFORMER
-from models.wan.layers import BlockLayer, CastLinear, CastRMSNorm, EmbedLayer, HeadLayer, RotaryTables
+from models.wan.layers import (
+    BlockLayer,
+    CastLinear,
+    CastRMSNorm,
+    EmbedLayer,
+    HeadLayer,
+    RotaryTables,
+)
 from models.wan.layouts import WanFiles, find_files
+from models.wan.variants import TEXT_LENGTH
 from models.weights import WeightReader
 
 ROTARY_POSITIONS = 1024  # per axis, as the official tables have it
@@ -102,13 +110,13 @@ class WanFamily(ModelFamily):
         """`samples` have `latents` [C, T, H, W] and `text` [S, text dim] at its true length.
 
         Returns:
-            inputs (x_t [B, C, T, H, W] float32, t [B] float32, text [B, 512, text dim]); target (v,).
+            inputs (x_t [B, C, T, H, W] float32, t [B] float32, text [B, S, text dim], see `_padded`); target (v,).
         """
         latents = torch.stack([sample["latents"].float() for sample in samples])
         noise = torch.stack([flow_match.seeded_noise(tuple(latents.shape[1:]), draw.seed) for draw in draws])
         t = self._timesteps([draw.quantile for draw in draws], latents)
         x_t, v = flow_match.noisy_and_target(latents, noise, t)
-        text = torch.stack([_padded(sample["text"]) for sample in samples])
+        text = _padded([sample["text"] for sample in samples])
         return MicroBatch((x_t, t, text), (v,))
 
     def _timesteps(self, quantiles: Sequence[float], latents: Tensor) -> Tensor:
@@ -190,11 +198,17 @@ class WanFamily(ModelFamily):
         return export.save_full(tensors, folder, self._sizes.official_config(self._variant.model_type), metadata)
 
 
-def _padded(text: Tensor) -> Tensor:
-    """[S, text dim] to [512, text dim], zeros below: Wan was trained with them, and cross attention sees them."""
-    assert len(text) <= variants.TEXT_LENGTH, f"{len(text)} tokens of text; the encoder cuts at {variants.TEXT_LENGTH}"
-    padded = text.new_zeros(variants.TEXT_LENGTH, text.shape[1])
-    padded[: len(text)] = text
+def _padded(texts: Sequence[Tensor]) -> Tensor:
+    """[S_i, text dim] each to [B, S, text dim], zeros below the caption and at least one row of them.
+
+    Wan was trained with zeros up to 512 rows, and cross attention sees them. They are all alike, so one row stands for
+    those that follow until a block widens it (`layers.BlockLayer`): less to embed and far less to send between stages.
+    """
+    longest = max(map(len, texts))
+    assert longest <= TEXT_LENGTH, f"{longest} tokens of text; the encoder cuts at {TEXT_LENGTH}"
+    padded = texts[0].new_zeros(len(texts), min(longest + 1, TEXT_LENGTH), texts[0].shape[1])
+    for row, text in zip(padded, texts, strict=True):
+        row[: len(text)] = text
     return padded
 
 

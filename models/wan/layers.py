@@ -2,7 +2,7 @@
 
 What passes between layers is `(x, text, time6, time)`, floats only:
     x      [B, T, H', W', D]  hidden states in the compute dtype; the token grid is its shape, so no integers are sent
-    text   [B, S, D]          caption states in the compute dtype
+    text   [B, S, D]          caption states in the compute dtype; the last row stands for all rows up to 512
     time6  [B, 6, D]          shift, scale and gate of the two halves of a block, float32
     time   [B, D]             for the head's modulation, float32
 """
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from torch import Tensor, nn
+
+from models.wan.variants import TEXT_LENGTH
 
 Boundary = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -110,8 +112,14 @@ class BlockLayer(nn.Module):
 
     def forward(self, boundary: Boundary) -> Boundary:
         x, text, time6, time = boundary
-        tokens = self.block(x.flatten(1, 3), text, time6, self._rotary(x))
+        tokens = self.block(x.flatten(1, 3), _widened(text), time6, self._rotary(x))
         return tokens.view_as(x), text, time6, time
+
+
+def _widened(text: Tensor) -> Tensor:
+    """[B, S, D] to [B, 512, D], the last row repeated: rows of padding are all alike, and embedded they still are."""
+    missing = TEXT_LENGTH - text.shape[1]
+    return torch.cat([text, text[:, -1:].expand(-1, missing, -1)], dim=1) if missing else text
 
 
 class HeadLayer(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from models.base import MediaSpec
 
 PATCH = (1, 2, 2)  # latent frames, rows and columns that make a token
-TEXT_LENGTH = 512  # tokens that cross attention sees; shorter captions are followed by zeros
+TEXT_LENGTH = 512  # rows that cross attention sees; shorter captions are followed by zeros, as Wan was trained
 HEAD_DIM = 128  # of every released Wan
 SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 

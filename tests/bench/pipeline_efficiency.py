@@ -2,9 +2,9 @@
 
     python tests/bench/pipeline_efficiency.py [--pairs 5]
 
-Two ranks with one core each. A pair is: both ranks run the whole model over all micro-batches at the same time (so two
-cores do two steps: what perfect scaling would give), then both run one pipelined step. The ideal pipeline takes half the
-time of the former, times (m + p - 1) / m.
+Two ranks with one core each. A pair is: both ranks run the whole model over all micro-batches at the same time (so
+two cores do two steps: what perfect scaling would give), then both run one pipelined step. The ideal pipeline takes
+half the time of the former, times (m + p - 1) / m.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 STAGES, MICRO_BATCHES = 2, 8
-SIZES = {"dim": 512, "layers": 8, "ffn_dim": 2048, "heads": 8}
-LATENTS = (16, 3, 32, 40)  # C, T, H, W: 960 tokens
+SIZES = {"dim": 512, "layers": 8, "ffn_dim": 2048, "heads": 4}
+LATENTS = (16, 3, 24, 32)  # C, T, H, W: 576 tokens
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     from tests.helpers.tiny import tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = tiny_checkpoint(Path(folder) / "checkpoint", layout="diffusers", **SIZES)
+        checkpoint = tiny_checkpoint(Path(folder), layout="diffusers", **SIZES)
         arguments = {"checkpoint": str(checkpoint), "pairs": pairs}
         parts = run_ranks("tests.bench.pipeline_efficiency:measure", STAGES, Path(folder) / "ranks", arguments)
     ideal = MICRO_BATCHES / (MICRO_BATCHES + STAGES - 1)
@@ -53,6 +53,7 @@ def measure(folder: Path, arguments: dict) -> dict:
 
     from models.base import Draw
     from models.wan.family import WanFamily
+    from tests.helpers.models import materialise
     from utils import dist
     from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings, build_engine, prepare_skeleton
     from utils.train.engine import init_distributed
@@ -67,9 +68,7 @@ def measure(folder: Path, arguments: dict) -> dict:
         checkpointing=False,
     )
     engine = build_engine(family, settings, torch.device("cpu")).engine
-    whole = prepare_skeleton(family, settings.adapter)
-    weights = family.open_weights()
-    materialise(whole, weights)
+    whole = materialise(prepare_skeleton(family, settings.adapter), family)
     layers = family.pipeline_layers(whole)
     samples = [{"latents": torch.randn(LATENTS), "text": torch.randn(20, 64)} for _ in range(MICRO_BATCHES)]
     batches = [family.micro_batch([sample], [Draw(0.5, i)]) for i, sample in enumerate(samples)]
@@ -93,19 +92,6 @@ def measure(folder: Path, arguments: dict) -> dict:
     engine.train_step(iter(batches))
     tokens = LATENTS[1] * (LATENTS[2] // 2) * (LATENTS[3] // 2)
     return {**times, "bytes": engine.bytes_sent, "hidden": tokens * SIZES["dim"] * 4}
-
-
-def materialise(skeleton, weights) -> None:
-    """All of the model on this rank."""
-    import torch
-
-    from models import lora
-
-    for name, parameter in list(skeleton.named_parameters()):
-        parent, _, leaf = name.rpartition(".")
-        data = lora.init_lora(name, parameter.shape, 0) if lora.is_lora(name) else weights.read(lora.base_name(name))
-        value = torch.nn.Parameter(data.to(parameter.dtype), parameter.requires_grad)
-        setattr(skeleton.get_submodule(parent), leaf, value)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 MICRO_BATCHES = 2
-SIZES = {"dim": 512, "layers": 8, "ffn_dim": 2048, "heads": 8}
-LATENTS = (16, 3, 32, 40)  # C, T, H, W: 960 tokens
+SIZES = {"dim": 512, "layers": 8, "ffn_dim": 2048, "heads": 4}
+LATENTS = (16, 2, 20, 24)  # C, T, H, W: 240 tokens
 RANK, CLIP, LR = 16, 1.0, 1e-4
 
 
@@ -100,6 +100,7 @@ def bare_step(checkpoint: Path):
     def step(batches: list) -> None:
         for batch in batches:
             x_t, t, text = batch.inputs
+            text = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
             prediction = model(x_t, timestep=t * 1000, encoder_hidden_states=text, return_dict=False)[0]
             ((prediction - batch.target[0]).square().mean() / MICRO_BATCHES).backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP)

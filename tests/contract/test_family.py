@@ -10,7 +10,7 @@ from models import lora
 from models.base import Draw, ModelFamily
 from models.flow_match import seeded_noise
 from tests.helpers.launch import ROOT
-from tests.helpers.models import wan_family
+from tests.helpers.models import materialise, wan_family
 from tests.helpers.toy import ToyFamily
 
 FAMILIES = {"toy": ToyFamily, "wan": wan_family}
@@ -35,16 +35,6 @@ def samples(name: str) -> list[dict[str, torch.Tensor]]:
 
 
 DRAWS = [Draw(0.3, 5), Draw(0.8, 6)]
-
-
-def real(family: ModelFamily, skeleton: torch.nn.Module) -> torch.nn.Module:
-    weights = family.open_weights()
-    for key, parameter in list(skeleton.named_parameters()):
-        parent, _, leaf = key.rpartition(".")
-        data = lora.init_lora(key, parameter.shape, 0) if lora.is_lora(key) else weights.read(lora.base_name(key))
-        value = torch.nn.Parameter(data.to(parameter.dtype).clone(), parameter.requires_grad)
-        setattr(skeleton.get_submodule(parent), leaf, value)
-    return skeleton
 
 
 def forward(family: ModelFamily, skeleton: torch.nn.Module, name: str) -> torch.Tensor:
@@ -73,7 +63,7 @@ def test_weights_have_the_skeletons_names_and_shapes(family):
 
 
 def test_the_boundary_is_a_tuple_of_contiguous_tensors(family, name):
-    skeleton = real(family, family.build_skeleton())
+    skeleton = materialise(family.build_skeleton(), family)
     x = family.micro_batch(samples(name), DRAWS).inputs
     for layer in family.pipeline_layers(skeleton)[:-1]:
         x = layer(x)
@@ -82,7 +72,7 @@ def test_the_boundary_is_a_tuple_of_contiguous_tensors(family, name):
 
 
 def test_losses_are_one_a_sample_whatever_the_batch(family, name):
-    skeleton = real(family, family.build_skeleton())
+    skeleton = materialise(family.build_skeleton(), family)
     with torch.no_grad():
         both = forward(family, skeleton, name)
         assert both.shape == (2,)
@@ -109,9 +99,9 @@ def test_equal_draws_give_equal_micro_batches_in_another_process(family, name):
 def test_an_adapter_starts_without_effect_and_learns(family, name):
     skeleton = family.build_skeleton()
     with torch.no_grad():
-        before = forward(family, real(family, family.build_skeleton()), name)
+        before = forward(family, materialise(family.build_skeleton(), family), name)
     lora.add_lora(skeleton, family.lora_targets(skeleton), rank=2, alpha=2.0, dropout=0.0)
-    skeleton = real(family, skeleton)
+    skeleton = materialise(skeleton, family)
     trained = [p for p in skeleton.parameters() if p.requires_grad]
     assert torch.allclose(forward(family, skeleton, name), before, rtol=1e-5)
     optimizer = torch.optim.Adam(trained, lr=1e-2)

@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals uninterrupted, bit for bit: mid-epoch, at an epoch's end, with dropout of both kinds."""
+"""Interrupted and resumed equals uninterrupted, bit for bit, with dropout of both kinds."""
 
 import json
 import shutil

@@ -61,7 +61,7 @@ class OfficialSinusoid(torch.nn.Module):
 
 
 def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
-    """Weights before and after, and eval losses. diffusers' model, peft's own LoRA layers, torch's own clipping: nothing of the pipeline."""
+    """Weights before and after, and eval losses: diffusers' model, peft's layers, torch's clipping, no pipeline."""
     from diffusers import WanTransformer3DModel
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -81,6 +81,7 @@ def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], dic
 
     def losses(batch) -> torch.Tensor:
         x_t, t, text = batch.inputs
+        text = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
         prediction = model(x_t, timestep=t.double() * 1000, encoder_hidden_states=text, return_dict=False)[0]
         return (prediction - batch.target[0]).square().flatten(1).mean(1)
 

@@ -39,9 +39,11 @@ def assign(settings, file, spec=SPEC):
     return bucket_table(settings, spec).assign(file)
 
 
-def test_without_ratios_every_area_is_a_square():
+def test_without_ratios_every_resolution_is_taken_as_it_stands():
     assert assign(Settings(resolutions=(512, 256)), media()) == [Bucket(256, 256, 65), Bucket(512, 512, 65)]
-    assert assign(Settings(resolutions=((832, 480),)), media()) == [Bucket(624, 624, 65)]
+    assert assign(Settings(resolutions=((832, 480),)), media()) == [Bucket(832, 480, 65)]
+    several = Settings(resolutions=((480, 832), 256, (840, 480)))
+    assert assign(several, media()) == [Bucket(256, 256, 65), Bucket(480, 832, 65), Bucket(832, 480, 65)]
 
 
 def test_ratios_are_spaced_by_logarithm_and_keep_the_area():

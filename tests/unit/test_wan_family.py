@@ -19,7 +19,9 @@ from tests.helpers.models import (
     WAN_T2V,
     copy_checkpoint,
     diffusers_checkpoint,
+    materialise,
     native_tensors,
+    run_layers,
     shard,
     wan_family,
 )
@@ -291,8 +293,22 @@ class TestMicroBatch:
         torch.manual_seed(99)
         for i, (sample, draw) in enumerate(zip(samples(), draws, strict=True)):
             alone = family.micro_batch([sample], [draw])
-            pairs = zip((*both.inputs, *both.target), (*alone.inputs, *alone.target), strict=True)
-            assert all(torch.equal(many[i], one[0]) for many, one in pairs)
+            for many, one in zip((*both.inputs, *both.target), (*alone.inputs, *alone.target), strict=True):
+                if one is alone.inputs[2]:  # padded to the longest caption of the batch
+                    assert not many[i, one.shape[1] :].any()
+                    many = many[:, : one.shape[1]]
+                assert torch.equal(many[i], one[0])
+
+    def test_one_row_of_padding_stands_for_all(self):
+        """A short caption's prediction equals that of the same caption padded to 512 by hand."""
+        family = wan_family()
+        layers = family.pipeline_layers(materialise(family.build_skeleton(), family))
+        x_t, t, text = family.micro_batch(samples(), [Draw(0.3, 1), Draw(0.8, 2)]).inputs
+        assert text.shape == (2, 10, 32)
+        whole = torch.zeros(2, 512, 32)
+        whole[:, :10] = text
+        with torch.no_grad():
+            torch.testing.assert_close(*(run_layers(layers, (x_t, t, rows), torch.float32) for rows in (text, whole)))
 
     def test_stored_dtypes(self):
         """Latents are brought to float32 before noise is mixed in; captions stay as small as they were stored."""

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,9 @@ def advice(loaded: LoadedConfig) -> list[str]:
 def check_paths(loaded: LoadedConfig) -> list[str]:
     """Every path that a config names and that is not there, each with its key."""
     run = loaded.run
-    found = [_is_file(("output_dir",), run.output_dir)] if run.output_dir.is_file() else []
+    outputs = {"output_dir": run.output_dir, "cache_dir": run.cache_dir}
+    found = [_is_file((key,), folder) for key, folder in outputs.items() if folder.is_file()]
+    found += [_read_only((key,), folder) for key, folder in outputs.items() if not _can_write(folder)]
     if run.adapter and (path := run.adapter.init_from_existing) and not path.exists():
         found.append(_absent(("adapter", "init_from_existing"), path))
     for key in type(loaded.model).model_fields:
@@ -77,6 +80,16 @@ def check_paths(loaded: LoadedConfig) -> list[str]:
 
 def _is_file(location: Location, path: Path) -> Finding:
     return location, f"{dotted(location)} = '{path}' is a file; name a folder"
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether `folder`, or the nearest folder above it that exists, can be written to."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    return os.access(there, os.W_OK)
+
+
+def _read_only(location: Location, path: Path) -> Finding:
+    return location, f"{dotted(location)} = '{path}' cannot be written to; name a folder of yours, or change its rights"
 
 
 def _absent(location: Location, path: Path) -> Finding:
@@ -116,7 +129,10 @@ def _partition(run: RunConfig) -> Iterator[Finding]:
             yield where, f"{text}; set partition_method = 'manual' or remove it"
         return
     wanted = f"{cuts} rising layer number{'' if cuts == 1 else 's'} of 1 or more for pipeline_stages = {cuts + 1}"
-    if split is None:
+    if cuts == 0:
+        text = "partition_method = 'manual' has nothing to split with pipeline_stages = 1; remove it"
+        yield ("partition_method",), text
+    elif split is None:
         yield ("partition_method",), f"partition_method = 'manual' needs partition_split: {wanted}"
     elif len(split) != cuts or any(low >= high for low, high in zip((0, *split), split, strict=False)):
         yield where, f"partition_split = {shown(split)} does not fit; give {wanted}"

@@ -20,7 +20,8 @@ class BucketSettings(Protocol):
 
     @property
     def resolutions(self) -> Sequence[int | Sequence[int]] | None:
-        """Areas: the side of a square, or [width, height]; each file is trained once in each."""
+        """The side of a square, or [width, height]; each file is trained once in each. With aspect-ratio buckets only
+        the area counts."""
 
     @property
     def enable_ar_bucket(self) -> bool: ...
@@ -104,9 +105,14 @@ def bucket_table(settings: BucketSettings, spec: MediaSpec) -> BucketTable:
 def _areas(settings: BucketSettings, multiple: int) -> tuple[tuple[float, tuple[Size, ...]], ...]:
     if not settings.resolutions:
         raise ValueError("resolutions is not set; give areas such as [512], or size_buckets")
-    # As in diffusion-pipe, a pair stands for its area alone; the shape comes from the aspect ratios, square without.
+    if not settings.enable_ar_bucket:
+        # diffusion-pipe makes a square of a pair's area here (its issue 451); who names a shape gets it
+        pairs = [(side, side) if isinstance(side, int) else side for side in settings.resolutions]
+        sizes = [(_snap(width, multiple), _snap(height, multiple)) for width, height in pairs]
+        return ((1.0, _unique(sorted(sizes, key=math.prod))),)
+    # As in diffusion-pipe, a pair stands for its area alone; the shape comes from the aspect ratios.
     sides = [side if isinstance(side, int) else math.sqrt(side[0] * side[1]) for side in settings.resolutions]
-    ratios = _ratios(settings) if settings.enable_ar_bucket else [1.0]
+    ratios = _ratios(settings)
     return tuple((ratio, _unique([_size(side, ratio, multiple) for side in sorted(sides)])) for ratio in ratios)
 
 

@@ -66,4 +66,10 @@ class CachedDataset:
         return entry.text_keys[counter_hash("caption", *path) % len(entry.text_keys)]
 
     def _read(self, entry: Entry, text_key: str) -> dict[str, Tensor]:
-        return self.store.read("latents", entry.latents_key) | self.store.read("text", text_key)
+        try:
+            return self.store.read("latents", entry.latents_key) | self.store.read("text", text_key)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{error.filename}: the cache entry of {entry.name} is gone since the start; go on with "
+                "--resume_from_checkpoint, which makes it anew"
+            ) from error

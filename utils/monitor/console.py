@@ -179,7 +179,7 @@ class BucketRow(NamedTuple):
     """One bucket of the training set."""
 
     bucket: str  # `832x480x81`
-    clips: int  # repeats counted
+    clips: float  # repeats counted
     batch: int  # global batch
     steps: int  # per epoch
     carried_over: int

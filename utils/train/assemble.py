@@ -69,6 +69,8 @@ def build_run(job: Job, data: Prepared) -> Run:
         metadata=file_metadata(job),
         write_configs=lambda folder: write_configs(job.loaded, folder),
         base_lrs=[config.force_constant_lr or config.optimizer.lr] * len(built.optimizer.param_groups),
+        checkpointed=job.resume,
+        last_checkpoint=state.step if job.resume else -1,
     )
     if dist.is_main():
         write_record(job.loaded, job.run_dir, {"layers": engine.module.parts, "ranks": dist.world_size()})

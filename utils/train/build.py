@@ -142,10 +142,13 @@ def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.de
 
 
 def starting_adapter(family: ModelFamily, adapter: AdapterSettings | None) -> dict[str, Tensor] | None:
-    """Tensors of `init_from_existing`, by plain adapter name."""
+    """Tensors of `init_from_existing`, by plain adapter name. `ValueError` names the key where it cannot be read."""
     if adapter is None or adapter.init_from_existing is None:
         return None
-    tensors = family.load_lora(adapter.init_from_existing)  # its own alpha is folded in
+    try:
+        tensors = family.load_lora(adapter.init_from_existing)  # its own alpha is folded in
+    except (ValueError, OSError) as error:
+        raise ValueError(f"[adapter] init_from_existing: {error}") from error
     return lora.fold_scale(tensors, adapter.rank / adapter.alpha)
 
 

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.weights import write_safetensors
 from utils import dist
 from utils.train.optimizers import (
     load_optimizer_state_by_name,
@@ -35,6 +35,8 @@ from utils.train.state import TrainState
 
 FORMAT = 1
 NAME = re.compile(r"global_step(\d+)")
+SAVED_NAME = re.compile(r"(epoch|step)\d+")
+START_FROM_WEIGHTS = "to start anew from them, set [adapter] init_from_existing (a LoRA) or [model] transformer_path"
 SPARE_BYTES = 64 << 20  # left free on the disk, so that logs can still be written
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def save(
             logger.error("checkpoint at step %d not written: %s; training goes on", state.step, trouble)
         return None
     if dist.is_main():
-        prune(run_dir, keep_last)
+        prune(run_dir, keep_last, newest=state.step)
     dist.barrier()
     return final
 
@@ -115,46 +117,65 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest, after every file's size and hash was compared with it."""
     manifest = _manifest(folder)
     if manifest is None:
-        raise CheckpointError(explain(folder.parent))
+        raise CheckpointError(explain(folder.parent, f"{folder.name} that is complete"))
     for name, told in manifest["files"].items():
         if _digest(folder / name) != told["blake2b"]:
-            raise CheckpointError(f"{folder / name} is damaged: its content is not what was written; use an older one")
+            others = [p for p in folder.parent.glob("global_step*") if p != folder and _manifest(p) is not None]
+            older = ", ".join(f"{p.parent.name}/{p.name}" for p in sorted(others, key=_step_of)) or "none"
+            raise CheckpointError(
+                f"{folder / name} is damaged: its content is not what was written; name another one after "
+                f"--resume_from_checkpoint: {older}"
+            )
     return manifest
 
 
 def find(run_dir: Path) -> Path:
-    """The newest complete checkpoint of a run.
+    """The complete checkpoint that was written last: the one that `latest` names, else the one of most steps.
+
+    They differ after going back to an earlier one: what lies beyond it belongs to the course that was left.
 
     Raises:
         CheckpointError: there is none; lists what there is.
     """
     folders = [p for p in run_dir.iterdir() if NAME.fullmatch(p.name)] if run_dir.is_dir() else []
-    for folder in sorted(folders, key=_step_of, reverse=True):
+    for folder in sorted(folders, key=lambda p: (p.name == _latest(run_dir), _step_of(p)), reverse=True):
         if _manifest(folder) is not None:
             return folder
         logger.warning("%s is not complete; looking for an older checkpoint", folder)
     raise CheckpointError(explain(run_dir))
 
 
-def explain(run_dir: Path) -> str:
-    """Why nothing in `run_dir` can be resumed."""
+def _latest(run_dir: Path) -> str:
+    pointer = run_dir / "latest"
+    return pointer.read_text().strip() if pointer.is_file() else ""
+
+
+def explain(run_dir: Path, wanted: str = "complete checkpoint") -> str:
+    """What there is in `run_dir` where `wanted` was looked for in vain."""
     if not run_dir.is_dir():
         return f"no run folder {run_dir}; check output_dir and the name given to --resume_from_checkpoint"
-    found = []
-    for path in sorted(p for p in run_dir.iterdir() if p.is_dir()):
-        if NAME.fullmatch(path.name):
-            found.append(f"{path.name} (incomplete)")
-        elif re.fullmatch(r"(epoch|step)\d+", path.name):
-            found.append(f"{path.name} (weights only; use [adapter] init_from_existing)")
-    return f"no complete checkpoint in {run_dir}; found: {', '.join(found) or 'nothing'}"
+    if SAVED_NAME.fullmatch(run_dir.name):
+        return f"{run_dir} holds weights only, no training state; {START_FROM_WEIGHTS}"
+    names = sorted(path.name for path in run_dir.iterdir() if path.is_dir())
+    saved = [name for name in names if SAVED_NAME.fullmatch(name)]
+    found = [
+        name if _manifest(run_dir / name) is not None else f"{name} (incomplete)"
+        for name in names
+        if NAME.fullmatch(name)
+    ]
+    weights = f"; {', '.join(saved)} hold weights only: {START_FROM_WEIGHTS}" if saved else ""
+    return f"no {wanted} in {run_dir}; found: {', '.join(found) or 'none'}{weights}"
 
 
-def prune(run_dir: Path, keep_last: int | None) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints."""
+def prune(run_dir: Path, keep_last: int | None, newest: int) -> None:
+    """Delete all but the last `keep_last` complete checkpoints up to step `newest`, which was just written.
+
+    Those of later steps go first: training went back to before them, so they are of a course that was left.
+    """
     if keep_last is None:
         return
     complete = [p for p in run_dir.iterdir() if NAME.fullmatch(p.name) and _manifest(p) is not None]
-    for old in sorted(complete, key=_step_of)[:-keep_last]:
+    for old in sorted(complete, key=lambda p: (_step_of(p) <= newest, _step_of(p)))[:-keep_last]:
         # under another name first: a delete that is cut short must not leave half a checkpoint
         doomed = old.with_name(f"tmp-old-{old.name}")
         os.replace(old, doomed)
@@ -209,8 +230,6 @@ def _prepare(run_dir: Path, staging: Path, final: Path, payload: Mapping[str, An
         def prepare() -> None:
             for old in run_dir.glob("tmp-*global_step*"):
                 shutil.rmtree(old)
-            if final.exists():
-                shutil.rmtree(final)
             free = shutil.disk_usage(run_dir).free
             if free < need:
                 raise OSError(
@@ -229,7 +248,7 @@ def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, d
         for name, content in payload.items():
             path = staging / name
             if name.endswith(".safetensors"):
-                save_file(content, path)
+                write_safetensors(path, content)
             else:
                 torch.save(content, path)
             _sync(path)
@@ -251,7 +270,11 @@ def _finish(staging: Path, final: Path, told: Mapping[str, Any], files: dict[str
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     _sync(manifest)
     _sync(staging)
+    replaced = final.with_name(f"tmp-old-{final.name}")
+    if final.exists():  # written by an earlier start; kept until there is another
+        os.replace(final, replaced)
     os.replace(staging, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     pointer = final.parent / "tmp-latest"
     pointer.write_text(final.name + "\n")
     _sync(pointer)
@@ -273,7 +296,8 @@ def _load_weights(folder: Path, manifest: Mapping[str, Any], trained: Mapping[st
                 value, parameter = reader.get_tensor(name), trained[name]
                 if value.shape != parameter.shape:
                     raise CheckpointError(
-                        f"{folder / file}: {name} is {list(value.shape)}, this run's is {list(parameter.shape)}"
+                        f"{folder / file}: {name} is {list(value.shape)}, this run's is {list(parameter.shape)}; "
+                        "set [adapter] rank to what the checkpoint was made with"
                     )
                 with torch.no_grad():
                     parameter.copy_(value)

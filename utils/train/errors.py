@@ -12,9 +12,20 @@ from dataclasses import dataclass
 import torch.distributed as torch_dist
 
 from utils import dist
+from utils.train.engine import NonFiniteError
 
 # The launcher kills all ranks as soon as one has failed: the others give rank 0 this long to say why.
 OTHERS_WAIT_S = 20.0
+
+# What a person can mend, told without a traceback.
+EXPECTED = (ValueError, OSError, NonFiniteError)
+
+# How gloo and NCCL say that the other end is gone.
+LOST_PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+LOST_PEER = (
+    "another rank has ended, so this one stops; if it said why, that stands above or in logs/rank_*.log of the run "
+    "folder (killed without a word: mostly memory that ran out)"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +41,8 @@ class Outcome:
 def reported() -> Iterator[Outcome]:
     """Turn an exception into a message and a status. A mistake that every rank sees is told by rank 0 alone.
 
-    `ValueError` and `OSError` are how the project tells users of wrong input: no traceback for them on the console, it
-    is in the log file.
+    `EXPECTED` is how the project tells users of what they can mend: no traceback for them on the console, it is in the
+    log file.
     """
     outcome = Outcome()
     try:
@@ -46,16 +57,21 @@ def reported() -> Iterator[Outcome]:
 
 
 def _tell(error: Exception) -> None:
-    expected = isinstance(error, (ValueError, OSError))
-    if not dist.is_main():
-        logger.debug("stopped", exc_info=error)
-        if expected:
-            time.sleep(OTHERS_WAIT_S)
-        else:
-            logger.error("%s: %s\n%s", type(error).__name__, error, traceback.format_exc())
-        return
+    expected = isinstance(error, EXPECTED)
     logger.debug("stopped", exc_info=error)
+    if is_lost_peer(error):
+        # the rank that ended has the story; one line of ours must not bury it
+        if dist.is_main():
+            logger.error(LOST_PEER)
+        return
+    if expected and not dist.is_main():
+        time.sleep(OTHERS_WAIT_S)  # rank 0 sees most mistakes too; still alive afterwards, this one is ours alone
     logger.error("%s", error if expected else f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether this rank fails only because another one has ended while they were talking."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER_SIGNS)
 
 
 def _leave(status: int) -> None:

@@ -176,13 +176,16 @@ def agree(run: Run, files: SignalFiles, signals: StopSignals) -> Decision:
 def act(run: Run, before: Milestones, asked: Decision) -> None:
     """Evaluate, save and checkpoint where this step made it due."""
     now, settings = run.milestones(), run.settings
+    checkpoint_due = bool(asked & Decision.CHECKPOINT) or settings.checkpoint_every.due(before, now)
+    if checkpoint_due and asked & Decision.QUIT:
+        save_checkpoint(run)  # first: whoever sent SIGTERM may not wait for an evaluation
     if settings.eval_every.due(before, now):
         evaluate_all(run)
-    if asked & Decision.CHECKPOINT or settings.checkpoint_every.due(before, now):
-        save_checkpoint(run)
     if asked & Decision.SAVE or settings.save_every.due(before, now):
         # an epoch's end names the folder, as diffusion-pipe has it
         save_model(run, f"epoch{now.epochs_done}" if now.epochs_done > before.epochs_done else f"step{now.step}")
+    if checkpoint_due and run.last_checkpoint != now.step:
+        save_checkpoint(run)  # last: a start from it does not come back to what was due before
 
 
 def finish(run: Run) -> None:

@@ -152,7 +152,7 @@ def build_optimizer(
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     try:
         return cls(groups, lr=lr, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
         values = ", ".join(f"{key} = {value!r}" for key, value in {"lr": lr, **given}.items())
         raise ValueError(f"[optimizer] type = {name!r} refuses its settings ({values}): {error}") from error
 
@@ -179,6 +179,7 @@ def optimizer_state_by_name(optimizer: Optimizer, named_parameters: NamedParamet
         shapes: parameter name -> its shape, for every optimized parameter.
         shared: key -> value for what belongs to no single parameter (MADGRAD's step count).
         groups: `{"names": [...], "values": {...}, "on_device": [keys of tensors kept beside the parameters]}` each.
+        kind: the optimizer's class, whose state says nothing to another.
     """
     names = {id(p): name for name, p in named_parameters}
     live = partial(_map_tensors, change=Tensor.detach)
@@ -187,6 +188,7 @@ def optimizer_state_by_name(optimizer: Optimizer, named_parameters: NamedParamet
         "shapes": {names[id(p)]: list(p.shape) for group in optimizer.param_groups for p in group["params"]},
         "shared": {key: live(value) for key, value in optimizer.state.items() if isinstance(key, str)},
         "groups": [_saved_group(group, names) for group in optimizer.param_groups],
+        "kind": type(optimizer).__name__,
     }
 
 
@@ -205,8 +207,9 @@ def merge_optimizer_states(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]
 
     What belongs to no single parameter is taken from the first stage that has it.
     """
-    merged: dict[str, Any] = {"state": {}, "shapes": {}, "shared": {}, "groups": []}
+    merged: dict[str, Any] = {"state": {}, "shapes": {}, "shared": {}, "groups": [], "kind": None}
     for part in parts:
+        merged["kind"] = part.get("kind") or merged["kind"]
         merged["state"] |= part["state"]
         merged["shapes"] |= part["shapes"]
         merged["shared"] = {**part["shared"], **merged["shared"]}
@@ -227,8 +230,14 @@ def load_optimizer_state_by_name(
         Names of optimized parameters that the saved optimizer did not have; these start afresh.
 
     Raises:
-        ValueError: a parameter had another shape when it was saved.
+        ValueError: a parameter had another shape when it was saved, or the optimizer was of another class.
     """
+    kind = state.get("kind") or type(optimizer).__name__
+    if kind != type(optimizer).__name__:
+        raise ValueError(
+            f"the checkpoint's optimizer is {kind} and [optimizer] type asks for {type(optimizer).__name__}; set type "
+            "back, or pass --reset_optimizer to start with a fresh one"
+        )
     names = {id(p): name for name, p in named_parameters}
     parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     _check_shapes(parameters, state.get("shapes", {}))

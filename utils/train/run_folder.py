@@ -13,7 +13,11 @@ RUN_NAME = re.compile(r"\d{8}_\d\d-\d\d-\d\d(_\d+)?")
 
 def new_run_folder(output_dir: Path) -> Path:
     """Make `<output_dir>/<UTC time>`; two starts in one second get folders of their own."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"output_dir = '{output_dir}' cannot be made ({reason}); name another folder") from error
     name = datetime.now(timezone.utc).strftime(TIME_FORMAT)
     for attempt in range(1000):
         folder = output_dir / (name if attempt == 0 else f"{name}_{attempt}")
@@ -37,6 +41,9 @@ def find_checkpoint(output_dir: Path, asked: str) -> Path:
     if not asked:
         return _newest(output_dir)
     named = output_dir / asked if (output_dir / asked).is_dir() else Path(asked)
+    run_dir = (output_dir / asked).parent if (output_dir / asked).parent.is_dir() else named.parent
+    if not named.is_dir() and checkpoint.NAME.fullmatch(named.name) and run_dir.is_dir():
+        raise CheckpointError(f"--resume_from_checkpoint {asked}: {checkpoint.explain(run_dir, named.name)}")
     if not named.is_dir():
         runs = ", ".join(_runs(output_dir)[-5:]) or "none"
         raise CheckpointError(f"--resume_from_checkpoint {asked}: no such run in {output_dir}; newest runs: {runs}")

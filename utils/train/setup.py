@@ -55,13 +55,15 @@ def read_config(flags: argparse.Namespace) -> Job:
     setup_logging(dist.rank(), console)
     share_cores()
     loaded = load_config(flags.config, flags.set)
-    errors = check_rules(loaded, dist.world_size()) + check_paths(loaded)
+    absent = check_paths(loaded)
+    errors = check_rules(loaded, dist.world_size()) + absent
     family = None
     try:
         arguments = {"pseudo_huber_c": loaded.run.pseudo_huber_c}
         family = family_class(loaded.family_name)(loaded.model, **arguments)
     except (ValueError, OSError) as error:
-        errors += [message for message in [f"[model] {error}"] if not any(str(error) in known for known in errors)]
+        if not any("model." in message for message in absent):  # else it is told already
+            errors.append(str(error) if str(error).startswith("[model]") else f"[model] {error}")
     if family is None or errors:
         raise ConfigError(errors)
     quiet_libraries()

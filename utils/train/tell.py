@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequen
     buckets = [
         show.BucketRow(
             str(row.bucket),
-            int(row.samples_per_epoch),
+            _plain(row.samples_per_epoch),
             row.batch.samples,
             row.steps_first_epoch,
             row.left_over,
@@ -86,10 +87,15 @@ def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequen
     ]
     shape = counts[0].batch
     show.show(console, show.epoch_arithmetic_banner(rows, shape.micro_batches, shape.data_ranks, width=console.width))
-    total, left = run.settings.total_steps, run.settings.total_steps - run.state.step
-    show.show(console, f"{show.counted(total, 'step')} in all" + (f", {left} to go" if left != total else ""))
-    for bucket in run.plan.never_used(run.state.epoch_start + run.plan.epoch_of(max(total - 1, 0))):
+    total, left = run.settings.total_steps, max(run.settings.total_steps - run.state.step, 0)
+    to_go = f", {left} to go" if left else f", {run.state.step} done: raise epochs or max_steps to train on"
+    show.show(console, f"{show.counted(total, 'step')} in all" + (to_go if left != total else ""))
+    for bucket in run.plan.never_used(run.plan.epoch_of(max(total - run.state.data_start - 1, 0))):
         show.show(console, f"warning: bucket {bucket} does not fill one batch in this run, its clips are never used")
+
+
+def _plain(number: Fraction) -> int | float:
+    return number.numerator if number.denominator == 1 else float(number)
 
 
 def goodbye(console: Console, run: Run, finished: bool) -> None:
