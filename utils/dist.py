@@ -24,6 +24,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_here() -> int:
+    """Ranks on this machine: torchrun and DeepSpeed's launcher each have a name for it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def is_main() -> bool:
     return rank() == 0
 

@@ -28,26 +28,27 @@ def batch(step: int, slots: list[int]) -> MicroBatch:
 
 
 @lru_cache
-def reference() -> dict[str, torch.Tensor]:
-    """A plain loop, no DeepSpeed, SGD with clipping active."""
-    model = torch.nn.Module()
+def reference() -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+    """Weights, losses and gradient norms of a plain loop: no DeepSpeed, SGD with clipping active."""
     model = ToyFamily().build_skeleton().to_empty(device="cpu")
     weights = ToyWeights()
     model.load_state_dict({name: weights.read(name) for name in weights.names()})
     layers = ToyFamily().pipeline_layers(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    clipped = 0
+    losses, norms = [], []
     for step in range(STEPS):
         values = batch(step, list(range(GLOBAL_BATCH)))
         x = values.inputs
         for layer in layers:
             x = layer(x)
-        ToyFamily().loss(x, values.target).mean().backward()
-        clipped += float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)) > CLIP
+        loss = ToyFamily().loss(x, values.target).mean()
+        loss.backward()
+        losses.append(float(loss))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
         optimizer.zero_grad()
-    assert clipped == STEPS, "clipping must be active for the test to mean anything"
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert min(norms) > CLIP, "clipping must be active for the test to mean anything"
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, losses, norms
 
 
 def train(folder: Path, cases: list[dict]) -> list[dict]:
@@ -70,10 +71,14 @@ def train(folder: Path, cases: list[dict]) -> list[dict]:
         engine = built.engine
         data_ranks = engine.grid.get_data_parallel_world_size()
         size = GLOBAL_BATCH // (case["gas"] * data_ranks)
+        losses, norms = [], []
         for step in range(STEPS):
             starts = [(m * data_ranks + engine.data_rank) * size for m in range(case["gas"])]
-            engine.train_step(iter([batch(step, list(range(s, s + size))) for s in starts]))
-        results.append({name: p.detach() for name, p in built.trained.items()})
+            losses.append(engine.train_step(iter([batch(step, list(range(s, s + size))) for s in starts])))
+            norms.append(engine.grad_norm)
+        weights = {name: p.detach() for name, p in built.trained.items()}
+        local = [name for name, _ in engine.module.named_local()]
+        results.append({"weights": weights, "losses": losses, "norms": norms, "local": local})
     return results
 
 
@@ -90,12 +95,12 @@ CASES = [
 def trained(tmp_path_factory):
     results = {}
 
-    def of(case: dict) -> dict[str, torch.Tensor]:
+    def of(case: dict) -> list[dict]:
         ranks = case["stages"] * case["data"]
         if ranks not in results:
             cases = [c for c in CASES if c["stages"] * c["data"] == ranks]
             parts = run_ranks("tests.pipeline.test_engine:train", ranks, tmp_path_factory.mktemp("ranks"), cases)
-            results[ranks] = [gather_results([part[i] for part in parts]) for i in range(len(cases))]
+            results[ranks] = [[part[i] for part in parts] for i in range(len(cases))]
         return results[ranks][[c for c in CASES if c["stages"] * c["data"] == ranks].index(case)]
 
     return of
@@ -103,7 +108,21 @@ def trained(tmp_path_factory):
 
 @pytest.mark.pipeline
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
-def test_weights_equal_a_plain_loop(case, trained):
-    got, want = trained(case), reference()
-    assert set(got) == set(want)
-    assert max(relative_error(got[name], want[name]) for name in want) < 1e-5
+def test_a_run_equals_a_plain_loop(case, trained):
+    parts, (weights, losses, norms) = trained(case), reference()
+    got = gather_results([part["weights"] for part in parts])
+    assert set(got) == set(weights)
+    assert max(relative_error(got[name], weights[name]) for name in weights) < 1e-5
+    for part in parts:  # every rank tells the same, whichever stage it is
+        assert part["losses"] == pytest.approx(losses, rel=1e-6)
+        assert part["norms"] == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("case", CASES[::6], ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()))
+def test_a_rank_holds_its_own_stage_only(case, trained):
+    parts = trained(case)
+    held = {tuple(part["local"]) for part in parts}
+    assert len(held) == case["stages"]
+    names = [name for stage in held for name in stage]
+    assert len(names) == len(set(names)) == len(reference()[0])

@@ -31,7 +31,7 @@ from utils.train.stages import StagedModule
 HEADER_NUMBERS = 128  # int64 numbers of a header; a tensor takes 3 and its dimensions
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(ValueError):
     """The loss or the gradient is NaN or infinite; the weights have not been touched."""
 
 

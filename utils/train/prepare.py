@@ -17,8 +17,10 @@ from utils.data.manifest import Manifest, build_manifest, overlap
 from utils.data.precache import PrecacheReport, precache
 from utils.data.scan import Skipped
 from utils.data.workers import Progress
+from utils.monitor.console import counted
 
 DEFAULT_WORKERS = 8
+MAX_SHOWN = 20  # lines of one message
 TRAIN = ""  # the training set's name among manifests; eval sets have their own
 
 
@@ -53,6 +55,12 @@ def prepare(
     encoders = family.encoders()
     datasets = {TRAIN: loaded.dataset, **loaded.eval_datasets}
     folder = store.root / "manifests"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cache_dir = '{store.root}' cannot be made ({error.strerror}); name another folder"
+        ) from error
     named = ""
     if dist.is_main():
         named = f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}"  # runs may share the cache
@@ -111,10 +119,11 @@ def refuse_overlap(manifests: Mapping[str, Manifest]) -> None:
     """Raises `ValueError` naming the files that are in training and eval data alike, by content."""
     for name, manifest in manifests.items():
         if name != TRAIN and (shared := overlap(manifests[TRAIN], manifest)):
-            lines = "".join(f"\n  {line}" for line in shared)
+            lines = "".join(f"\n  {line}" for line in shared[:MAX_SHOWN])
+            more = f"\n  and {len(shared) - MAX_SHOWN} more" if len(shared) > MAX_SHOWN else ""
             raise ValueError(
-                f"eval dataset {name!r}: {len(shared)} files are in the training data too, so its loss would measure "
-                f"nothing; take them out of one of the two:{lines}"
+                f"eval dataset {name!r} shares {counted(len(shared), 'file')} with the training data, so its loss would "
+                f"measure nothing; take them out of one of the two:{lines}{more}"
             )
 
 

@@ -82,8 +82,7 @@ def read_config(flags: argparse.Namespace) -> Job:
 def share_cores() -> None:
     """On a CPU, ranks of one machine divide its cores; torch would give all of them to each."""
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.ranks_here()))
 
 
 def join(job: Job) -> None:
@@ -142,7 +141,7 @@ def wandb_settings(loaded: LoadedConfig) -> WandbSettings:
 def prepare_data(job: Job) -> Prepared:
     """Scan, cache, and tell what came of it."""
     config = job.config
-    workers = config.map_num_proc or min(DEFAULT_WORKERS, os.cpu_count() or 1)
+    workers = config.map_num_proc or max(1, min(DEFAULT_WORKERS, (os.cpu_count() or 1) // dist.ranks_here()))
     with CacheProgress(job.console, enabled=dist.is_main()) as progress:
         prepared = prepare(
             job.loaded,
