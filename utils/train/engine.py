@@ -103,8 +103,6 @@ class ReelEngine(PipelineEngine):
         self.bytes_sent = 0  # payload sent to other stages, for the benchmark
         self._micro = 0
         self.step_index = 0  # set by the loop; dropout counts from it
-        self._announce_out = self._announce_in = True  # whether a header goes, or comes, before the next tensors
-        self._incoming: list[TensorHeader] = []
         self._sends: list[tuple[Any, Tensor]] = []
 
     @property
@@ -121,7 +119,6 @@ class ReelEngine(PipelineEngine):
         Raises:
             NonFiniteError: on all ranks alike, before any weight changed.
         """
-        self._announce_out = self._announce_in = True
         self._micro = 0
         loss = self.train_batch(batches)
         self._finish_sends()
@@ -129,7 +126,6 @@ class ReelEngine(PipelineEngine):
 
     def evaluate_batches(self, batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
         """Losses [B] of `count` micro-batches, on the last stage (elsewhere an empty list). Shapes may differ."""
-        self._announce_out = self._announce_in = True
         self._micro = 0
         try:
             with torch.no_grad():
@@ -170,22 +166,19 @@ class ReelEngine(PipelineEngine):
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
-        if self._announce_out:
-            self._send(pack_headers(outputs).to(self.device), self.next_stage)
-            self._announce_out = not self.module.training  # a training step has one shape
+        # On the host, through gloo: its sender runs ahead of the device, so the receiver learns shapes without a stall.
+        # Every micro-batch has its own, as captions differ in length.
+        self._send(pack_headers(outputs), self.next_stage)
         for tensor in outputs:
             self._send(tensor.detach(), self.next_stage)
         if not self.module.training:
             self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_recv_activations(self, buffer_id: int) -> None:
-        if self._announce_in:
-            header = torch.empty(HEADER_NUMBERS, dtype=torch.int64, device=self.device)
-            p2p.recv(header, self.prev_stage)
-            self._incoming = unpack_headers(header)
-            self._announce_in = not self.module.training
+        packed = torch.empty(HEADER_NUMBERS, dtype=torch.int64)
+        p2p.recv(packed, self.prev_stage)
         received = []
-        for header in self._incoming:
+        for header in unpack_headers(packed):
             tensor = torch.empty(header.shape, dtype=header.dtype, device=self.device)
             p2p.recv(tensor, self.prev_stage)
             received.append(tensor.requires_grad_(header.wants_gradient and self.module.training))

@@ -1,0 +1,126 @@
+"""What the READMEs name is there: files of the tree, links, examples, flags and keys."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import toml
+
+import train
+from models.wan.config import WanModelConfig
+from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
+from utils.config.fields import Refused
+from utils.config.schema import AdapterConfig, MonitoringConfig, OptimizerConfig, RunConfig
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES_README = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+SCHEMAS = (RunConfig, AdapterConfig, OptimizerConfig, MonitoringConfig, DatasetConfig, DirectoryConfig, WanModelConfig)
+
+
+def section(title):
+    """The text under a heading, up to the next one of its rank."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def blocks(text, kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def listed_paths():
+    """The tree's entries as paths from the root; two spaces of indent are one folder."""
+    folders, paths = [], []
+    for line in blocks(section("The tree"), "")[0].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.split(r"\s{2,}", line.strip())[0]
+        for name in names.split(", "):
+            folders[depth:] = [name]
+            paths.append("".join(folders))
+    return paths
+
+
+def refused(schema):
+    return {
+        name for name, info in schema.model_fields.items() if any(isinstance(part, Refused) for part in info.metadata)
+    }
+
+
+def test_every_entry_of_the_tree_is_there():
+    absent = [path for path in listed_paths() if not (ROOT / path).exists()]
+    assert absent == []
+
+
+def test_every_module_is_in_the_tree():
+    modules = {str(path.relative_to(ROOT)) for top in ("models", "utils") for path in (ROOT / top).rglob("*.py")}
+    assert {path for path in listed_paths() if path.endswith(".py") and not path.startswith("tests/")} == {
+        "train.py",
+        *modules,
+    }
+
+
+@pytest.mark.parametrize("readme", ["README.md", "examples/README.md"])
+def test_links_lead_somewhere(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    headings = {
+        re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert ((ROOT / readme).parent / target).exists(), target
+
+
+def test_every_example_is_in_its_readme():
+    shown = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".toml", ".py", ".sh")}
+    assert shown == set(re.findall(r"`(\w+\.(?:toml|py|sh))`", EXAMPLES_README.partition("The last column")[0]))
+
+
+def commands():
+    """Words after train.py in every command that is shown."""
+    for line in "\n".join(blocks(README, "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if "train.py" in words:
+            yield words[words.index("train.py") + 1 :]
+        elif words[:2] == ["bash", "examples/quickstart.sh"]:
+            yield ["--config", "examples/quickstart.toml", *words[2:]]
+
+
+def test_train_takes_the_flags_that_are_shown():
+    shown = list(commands())
+    assert len(shown) >= 8
+    for words in shown:
+        config = train.parse_arguments(words).config
+        assert config.name.startswith("my_") or (ROOT / config).is_file()
+
+
+def test_tomls_that_are_shown_have_known_keys():
+    shown = [toml.loads(text) for text in blocks(README, "toml")]
+    assert len(shown) == 2
+    DatasetConfig.model_validate(shown[0])
+    assert set(shown[1]["model"]) <= set(WanModelConfig.model_fields)
+
+
+def test_what_differs_from_diffusion_pipe_names_every_refused_key():
+    text = section("Coming from diffusion-pipe")
+    named = set(re.findall(r"`(\w+)", text))
+    command_line = {"resume_from_checkpoint", "regenerate_cache"}  # as keys of a TOML they are only misplaced
+    absent = {key for schema in SCHEMAS for key in refused(schema)} - command_line - named
+    assert absent == set()
+    new = text.partition("New keys:")[2]
+    known = {key for schema in SCHEMAS for key in schema.model_fields}
+    assert {word for word in re.findall(r"`(\w+)`", new)} <= known
+
+
+def test_snake_case_words_are_keys_or_known_otherwise():
+    """A key that is renamed must be renamed here too."""
+    keys = {key for schema in SCHEMAS for key in schema.model_fields}
+    others = {
+        *("save_quit", "multiple_overlapping", "captions_json", "output_dir", "single_beginning", "single_middle"),
+        *("wan_1_3b_lora", "adamw_optimi", "fp8_scaled", "logit_normal", "low_noise_model", "high_noise_model"),
+        *("num_gpus", "ckpt_path", "my_run", "my_eval", "my_dataset", "my_lora", "pseudo_huber_c"),
+    }
+    # in back ticks and alone: `num_repeats`, not `a.toml` and not `--flag`
+    words = {w for w in re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", README)}
+    assert words - keys - others == set()
