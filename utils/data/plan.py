@@ -64,8 +64,8 @@ class EpochPlan:
 
     Each bucket has an endless stream of samples: epoch after epoch, each a shuffle of what its directories give
     (clips times repeats; a fractional repeat takes the next part of the directory's own shuffled rounds). Step k of a
-    bucket takes samples k * batch to (k + 1) * batch of the stream. So what does not fill a batch in one epoch opens the
-    next, every sample is used equally, and the samples of a step depend on the global batch alone, not on how it is cut.
+    bucket takes samples k * batch to (k + 1) * batch of the stream. So what does not fill a batch in one epoch opens
+    the next, every sample is used equally, and the samples of a step depend on the global batch alone, not on its cut.
 
     Args:
         repeats: `num_repeats` by group index.

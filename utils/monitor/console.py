@@ -296,6 +296,7 @@ class LiveLine:
         self._enabled = enabled
         self._steps_per_print = max(1, steps_per_print)
         self._live: Live | None = None
+        self._line = Text()
 
     def __enter__(self) -> "LiveLine":
         if self._enabled and self._console.is_terminal:
@@ -308,7 +309,8 @@ class LiveLine:
         if not self._enabled:
             return
         if self._live is not None:
-            self._live.update(Text(live_text(report, self._console.width), no_wrap=True, overflow="ellipsis"))
+            self._line = Text(live_text(report, self._console.width), no_wrap=True, overflow="ellipsis")
+            self.restore()
         elif report.step % self._steps_per_print == 0 or report.step == report.total_steps:
             show(self._console, Text(live_text(report)))
 
@@ -316,6 +318,11 @@ class LiveLine:
         """Show what goes on between steps (`evaluating holdout: 12 of 36`) in place of the line, on a terminal only."""
         if self._live is not None:
             self._live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+
+    def restore(self) -> None:
+        """Take a note away again."""
+        if self._live is not None:
+            self._live.update(self._line)
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:

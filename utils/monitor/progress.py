@@ -152,4 +152,4 @@ class LiveProgress:
             show(self._console, Text(line))
 
     def done(self) -> None:
-        """Nothing to take away: the next step's line follows."""
+        self._live.restore()

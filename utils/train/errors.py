@@ -57,12 +57,22 @@ def reported() -> Iterator[Outcome]:
 
 
 def _tell(error: Exception) -> None:
-    expected = isinstance(error, (ValueError, OSError))
+    expected = isinstance(error, EXPECTED)
     logger.debug("stopped", exc_info=error)
+    if is_lost_peer(error):
+        # the rank that ended has the story; a traceback of ours would bury it
+        if dist.is_main():
+            logger.error(LOST_PEER)
+        return
     if not dist.is_main() and expected:
         # rank 0 most likely says the same, and the launcher then ends this rank while it sleeps
         time.sleep(OTHERS_WAIT_S)
     logger.error("%s", error if expected else f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether this rank fails only because another one has ended while they were talking."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PEER_SIGNS)
 
 
 def _leave(status: int) -> None:

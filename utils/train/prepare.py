@@ -122,8 +122,8 @@ def refuse_overlap(manifests: Mapping[str, Manifest]) -> None:
             lines = "".join(f"\n  {line}" for line in shared[:MAX_SHOWN])
             more = f"\n  and {len(shared) - MAX_SHOWN} more" if len(shared) > MAX_SHOWN else ""
             raise ValueError(
-                f"eval dataset {name!r} shares {counted(len(shared), 'file')} with the training data, so its loss would "
-                f"measure nothing; take them out of one of the two:{lines}{more}"
+                f"eval dataset {name!r} shares {counted(len(shared), 'file')} with the training data, so its loss "
+                f"would measure nothing; take them out of one of the two:{lines}{more}"
             )
 
 
