@@ -65,6 +65,11 @@ make_venv() {
     rm -f "$UNFINISHED"
 }
 
+if [[ $VENV == *[[:space:]]* ]]; then
+    stop "The path '$PWD' has a space in it, and DeepSpeed's start script does not work from such a path." \
+        "Move this folder to a path without one."
+fi
+
 # What the stamp says when nothing needs to be done.
 WANTED=$({ echo "$VENV"; cat requirements.txt; } | sha256sum)
 if [[ -e $UNFINISHED || ! -x $VENV/bin/python || "$(cat "$STAMP" 2>/dev/null)" != "$WANTED" ]]; then

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -138,10 +138,13 @@ def load_pth(file: Path) -> dict[str, Tensor]:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """`save_file` with the rights that a new file has here: the library makes files that only their owner can read,
-    and ComfyUI often runs as somebody else."""
+    and ComfyUI often runs as somebody else. Raises `OSError` where it cannot be written."""
     file.touch()
     rights = file.stat().st_mode
-    save_file(dict(tensors), file, metadata=dict(metadata) if metadata else None)
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:  # the library's word for a full disk too
+        raise OSError(f"{file}: {error}") from error
     file.chmod(rights)
 
 

@@ -113,6 +113,8 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk is told without a name
     finally:
         temporary.unlink(missing_ok=True)  # there only after a failure
 

@@ -78,8 +78,8 @@ def save(
     if trouble is None:
         trouble, files = _write_all(staging, payload)
         if trouble is None and dist.is_main():
-            trouble = _attempt(lambda: _finish(staging, final, told, files))
-        trouble = _first(trouble)
+            trouble = attempt(lambda: _finish(staging, final, told, files))
+        trouble = first_trouble(trouble)
     if trouble is not None:
         if dist.is_main():
             shutil.rmtree(staging, ignore_errors=True)
@@ -237,8 +237,8 @@ def _prepare(run_dir: Path, staging: Path, final: Path, payload: Mapping[str, An
                 )
             staging.mkdir()
 
-        trouble = _attempt(prepare)
-    return _first(trouble)
+        trouble = attempt(prepare)
+    return first_trouble(trouble)
 
 
 def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
@@ -255,7 +255,7 @@ def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, d
             tensors = sorted(content if name.endswith(".safetensors") else content["shapes"])
             files[name] = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": tensors}
 
-    trouble = _first(_attempt(write))
+    trouble = first_trouble(attempt(write))
     for part in dist.gather_text(json.dumps(files)):
         files |= json.loads(part)
     return trouble, files
@@ -323,15 +323,16 @@ def _holders(manifest: Mapping[str, Any], ending: str) -> dict[str, str]:
     return {tensor: name for name, told in files.items() for tensor in told["tensors"]}
 
 
-def _attempt(action: Callable[[], Any]) -> str | None:
+def attempt(action: Callable[[], Any]) -> str | None:
+    """Why `action`, which writes, failed; None when it did not. torch.save tells of a full disk by a RuntimeError."""
     try:
         action()
-    except OSError as error:
-        return str(error)
+    except (OSError, RuntimeError) as error:
+        return str(error).splitlines()[0]
     return None
 
 
-def _first(trouble: str | None) -> str | None:
+def first_trouble(trouble: str | None) -> str | None:
     """The first rank's trouble, on every rank."""
     return next((text for text in dist.gather_text(trouble or "") if text), None)
 

@@ -194,6 +194,11 @@ def finish(run: Run) -> None:
         save_checkpoint(run)
     if run.last_saved != run.state.step:
         save_model(run, f"step{run.state.step}")
+    if run.last_saved != run.state.step:
+        raise OSError(
+            f"the trained weights of step {run.state.step} could not be saved to {run.run_dir}, see above; make room, "
+            "then start again with --resume_from_checkpoint"
+        )
 
 
 def evaluate_all(run: Run) -> None:
@@ -249,5 +254,6 @@ def save_model(run: Run, name: str) -> None:
             metadata=metadata,
             extras=run.write_configs,
         )
-    run.last_saved, run.saved = run.state.step, folder
-    logger.info("saved: %s", folder)
+    if folder is not None:
+        run.last_saved, run.saved = run.state.step, folder
+        logger.info("saved: %s", folder)
