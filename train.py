@@ -1,6 +1,7 @@
 """Reelpipe: train Wan video models. `deepspeed --num_gpus=N train.py --deepspeed --config X.toml`"""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The whole of a training, in order. Returns the exit status."""
     flags = parse_arguments(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write("Reelpipe: loading libraries\n")
+        sys.stdout.flush()
     # imported here: --help must not wait for torch
     from utils.train.assemble import build_run
     from utils.train.errors import reported

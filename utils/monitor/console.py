@@ -181,14 +181,14 @@ class BucketRow(NamedTuple):
     bucket: str  # `832x480x81`
     clips: float  # repeats counted
     batch: int  # global batch
-    steps: int  # per epoch
+    steps: int  # in the first epoch
     carried_over: int
     tokens: int  # a sample's length inside the transformer
 
 
 def bucket_table(rows: Sequence[BucketRow], title: str = "Buckets") -> Table:
     """What one step is made of: one row a bucket."""
-    titles = ("clips", "batch", "steps per epoch", "carried over", "tokens")
+    titles = ("clips", "batch", "steps in epoch 1", "carried over", "tokens")
     return _table(title, [Column("bucket", number=False), *map(Column, titles)], rows)
 
 

@@ -73,6 +73,7 @@ def build_run(job: Job, data: Prepared) -> Run:
         last_checkpoint=state.step if job.resume else -1,
     )
     if dist.is_main():
+        write_configs(job.loaded, job.run_dir)
         write_record(job.loaded, job.run_dir, {"layers": engine.module.parts, "ranks": dist.world_size()})
         tell.plan(job.console, job.family, run, ranks_of(built, data_ranks))
     return run

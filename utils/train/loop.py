@@ -79,6 +79,7 @@ class Run:
     base_lrs: list[float] = field(default_factory=list)
     saved: Path | None = None  # newest model or adapter of this start
     checkpointed: Path | None = None  # newest checkpoint of this start
+    last_eval: int = -1
     last_saved: int = -1
     last_checkpoint: int = -1
     checkpoint_clock: float = field(default_factory=time.monotonic)
@@ -189,7 +190,9 @@ def act(run: Run, before: Milestones, asked: Decision) -> None:
 
 
 def finish(run: Run) -> None:
-    """A last evaluation, checkpoint and model, unless just made: no run ends without a file."""
+    """A last evaluation, checkpoint and model, unless just made: no run ends without a number or a file."""
+    if run.eval_sets and run.last_eval != run.state.step:
+        evaluate_all(run)
     if run.last_checkpoint != run.state.step:
         save_checkpoint(run)
     if run.last_saved != run.state.step:
@@ -203,6 +206,7 @@ def finish(run: Run) -> None:
 
 def evaluate_all(run: Run) -> None:
     """Losses of every eval dataset."""
+    run.last_eval = run.state.step
     with eval_mode(run.built.optimizer):
         for eval_set in run.eval_sets:
             result = evaluate(run.built.engine, eval_set, run.progress if dist.is_main() else None)

@@ -98,6 +98,14 @@ def _plain(number: Fraction) -> int | float:
     return number.numerator if number.denominator == 1 else float(number)
 
 
+def start_command(ranks: int, words: Sequence[str]) -> str:
+    """How this run was started, as far as the same run needs it again: its config and its overrides."""
+    kept = [words[i : i + 2] for i, word in enumerate(words[:-1]) if word in ("--config", "--set")]
+    kept += [[word] for word in words if word.startswith(("--config=", "--set="))]
+    pairs = " ".join(shlex.join(pair) for pair in kept)
+    return f"deepspeed --num_gpus={ranks} train.py --deepspeed {pairs}"
+
+
 def goodbye(console: Console, run: Run, finished: bool) -> None:
     """Where everything is and what to run next."""
     if not dist.is_main():
@@ -108,9 +116,7 @@ def goodbye(console: Console, run: Run, finished: bool) -> None:
     if run.checkpointed is not None:
         paths["checkpoint"] = run.checkpointed
     paths["numbers"] = run.run_dir / "metrics.jsonl"
-    config = next((sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word == "--config"), "X.toml")
-    ranks = dist.world_size()
-    start = f"deepspeed --num_gpus={ranks} train.py --deepspeed --config {shlex.quote(config)}"
+    start = start_command(dist.world_size(), sys.argv)
     commands = {
         "see the curves": f"tensorboard --logdir {shlex.quote(str(run.run_dir.parent))}",
         "go on (raise epochs first)" if finished else "go on": f"{start} --resume_from_checkpoint {run.run_dir.name}",
