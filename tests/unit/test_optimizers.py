@@ -261,3 +261,16 @@ def test_eval_mode_leaves_plain_optimizers_alone():
     before = model[0].weight.detach().clone()
     with eval_mode(optimizer):
         assert torch.equal(model[0].weight, before)
+
+
+def test_the_state_of_another_class_is_refused():
+    """AdamW's running means would pass for Lion's by their names."""
+    named = [("w", nn.Parameter(torch.ones(2, 2)))]
+    saved = optimizer_state_by_name(build_optimizer("adamw", named, lr=1e-3), named)
+    with pytest.raises(ValueError, match=r"is AdamW and .* asks for Lion; .*--reset_optimizer"):
+        load_optimizer_state_by_name(build_optimizer("lion", named, lr=1e-3), named, merge_optimizer_states([saved]))
+
+
+def test_settings_of_the_wrong_length_are_the_users_mistake():
+    with pytest.raises(ValueError, match="refuses its settings"):
+        build_optimizer("adamw", [("w", nn.Parameter(torch.ones(2, 2)))], lr=1e-3, betas=[0.9])
