@@ -8,7 +8,7 @@ from utils.config.schema import RunConfig
 from utils.data.dataset import CachedDataset
 from utils.data.loader import StepLoader
 from utils.data.manifest import Manifest
-from utils.data.plan import BatchShape, EpochPlan
+from utils.data.plan import EpochPlan
 from utils.data.records import Bucket
 from utils.monitor.console import LiveLine
 from utils.monitor.logs import captured_output
@@ -17,9 +17,9 @@ from utils.monitor.metrics import MetricsWriter
 from utils.monitor.progress import LiveProgress
 from utils.train import checkpoint, tell
 from utils.train.build import Built, build_engine
-from utils.train.checkpoint import CheckpointError
 from utils.train.evaluate import EvalSet
 from utils.train.loop import LoopSettings, Run
+from utils.train.order import course_of, make_plan, refuse_other_order
 from utils.train.prepare import TRAIN, Prepared
 from utils.train.record import write_configs, write_record
 from utils.train.setup import DTYPES, Job, engine_settings, wandb_settings
@@ -38,7 +38,7 @@ def build_run(job: Job, data: Prepared) -> Run:
     engine = built.engine
     data_ranks = engine.grid.get_data_parallel_world_size()
     plan = make_plan(config, data.train, data_ranks)
-    course = course_of(config, plan)
+    course = course_of(config, plan, data.train)
     state, meters = TrainState(), Meters()
     if job.resume:
         state = resume(job, built, plan, course, meters)
@@ -79,35 +79,6 @@ def build_run(job: Job, data: Prepared) -> Run:
     return run
 
 
-def make_plan(config: RunConfig, train: Manifest, data_ranks: int) -> EpochPlan:
-    """Raises `ValueError` where no bucket ever fills a batch."""
-
-    def batch_of(bucket: Bucket) -> BatchShape:
-        return BatchShape(config.micro_batch_size(*bucket), config.gradient_accumulation_steps, data_ranks)
-
-    plan = EpochPlan(train.entries, [group.num_repeats for group in train.groups], batch_of, config.seed)
-    if plan.first_step(config.epochs + 1) == 0:
-        sizes = ", ".join(f"{row.bucket}: {row.clips} clips, batch {row.batch.samples}" for row in plan.counts())
-        raise ValueError(
-            f"{config.epochs} epochs do not fill a single batch ({sizes}); lower micro_batch_size_per_gpu or "
-            "gradient_accumulation_steps, or raise epochs or num_repeats"
-        )
-    return plan
-
-
-def course_of(config: RunConfig, plan: EpochPlan) -> dict[str, Any]:
-    """What decides which samples come when, for the comparison at resume."""
-    return {
-        "order": plan.digest(),
-        "seed": config.seed,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "micro_batch_size_per_gpu": config.micro_batch_size_per_gpu,
-        "image_micro_batch_size_per_gpu": config.image_micro_batch_size_per_gpu,
-        "data_ranks": dist.world_size() // config.pipeline_stages,
-        "uncond_fraction": config.uncond_fraction,
-    }
-
-
 def resume(job: Job, built: Built, plan: EpochPlan, course: dict[str, Any], meters: Meters) -> TrainState:
     """Fill weights, optimizer and meters from the checkpoint.
 
@@ -119,13 +90,7 @@ def resume(job: Job, built: Built, plan: EpochPlan, course: dict[str, Any], mete
     meters.load_state_dict(loaded.meters)
     if job.flags.reset_dataloader:
         return loaded.state.restarted(loaded.epochs_done)
-    if loaded.course["order"] != course["order"]:
-        changes = checkpoint.course_changes(loaded.course, course)
-        what = ", ".join(change for change in changes if not change.startswith("order")) or "the clips themselves"
-        raise CheckpointError(
-            f"cannot go on from {job.resume}: {what} changed, and with it the order of the data; change it back, or "
-            "pass --reset_dataloader to start the data from its beginning"
-        )
+    refuse_other_order(job.resume, loaded.course, course)
     for change in checkpoint.course_changes(loaded.course, course):
         logger.warning("changed since the checkpoint: %s", change)
     return loaded.state

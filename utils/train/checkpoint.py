@@ -182,6 +182,11 @@ def prune(run_dir: Path, keep_last: int | None, newest: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def read_course(folder: Path) -> dict[str, Any]:
+    """What decided the order of the data in the run that wrote the checkpoint."""
+    return json.loads((folder / "state.json").read_text())["course"]
+
+
 def course_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings that change which samples come when, as `key old -> new`."""
     return [f"{key} {saved.get(key)} -> {now[key]}" for key in now if saved.get(key) != now[key]]

@@ -3,13 +3,11 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from models.base import ModelFamily
+from models.base import Encoder, ModelFamily
 from utils import dist
 from utils.config.load import LoadedConfig
 from utils.data.cache import CacheStore
@@ -44,45 +42,29 @@ def prepare(
     regenerate: bool,
     progress: Progress,
     run_dir: Path | None,
+    check: Callable[[Manifest], None],
 ) -> Prepared:
     """Rank 0 scans and decides what is missing; every rank encodes its share.
+
+    Args:
+        check: looks at the training set before anything is encoded; what it raises ends the start.
 
     Raises:
         ValueError: bad media, nothing to train on, or a file that is in training and eval data.
     """
-    run = loaded.run
-    store = CacheStore(run.cache_dir)
-    encoders = family.encoders()
-    datasets = {TRAIN: loaded.dataset, **loaded.eval_datasets}
-    folder = store.root / "manifests"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cache_dir = '{store.root}' cannot be made ({error.strerror}); name another folder"
-        ) from error
-    named = ""
+    run, encoders = loaded.run, family.encoders()
+    store = open_cache(run.cache_dir)
+
+    # runs may share the cache; what rank 0 decides is what every rank reads
+    named = dist.text_from_main(f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}")
+    folder = store.root / "manifests" / named
     if dist.is_main():
-        named = f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}"  # runs may share the cache
-        manifests = {
-            name: build_manifest(
-                dataset.directory,
-                spec=family.media_spec(),
-                clip_mode=run.video_clip_mode,
-                encoders=encoders,
-                store=store,
-                workers=workers,
-                skip_bad_media=run.skip_bad_media,
-                regenerate=regenerate,
-                progress=progress,
-            )
-            for name, dataset in datasets.items()
-        }
+        manifests = scan(loaded, family, encoders, store, workers=workers, regenerate=regenerate, progress=progress)
         refuse_overlap(manifests)
-        save_manifests(manifests, folder / named)
-    # what rank 0 decided is what every rank reads: the folder is all that they share
-    named = dist.text_from_main(named)
-    manifests = load_manifests(datasets, folder / named)
+        check(manifests[TRAIN])
+        save_manifests(manifests, folder)
+    dist.barrier()
+    manifests = load_manifests([TRAIN, *loaded.eval_datasets], folder)
     report = precache(
         list(manifests.values()),
         encoders,
@@ -98,12 +80,46 @@ def prepare(
     )
     manifests = {name: manifest.without(report.failed) for name, manifest in manifests.items()}
     if dist.is_main():
-        shutil.rmtree(folder / named, ignore_errors=True)  # all ranks have met since they read it
+        shutil.rmtree(folder, ignore_errors=True)  # all ranks have met since they read it
         if run_dir:
             write_skipped(run_dir / "skipped.jsonl", manifests)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return Prepared(store, manifests, report)
+
+
+def scan(
+    loaded: LoadedConfig,
+    family: ModelFamily,
+    encoders: Sequence[Encoder],
+    store: CacheStore,
+    *,
+    workers: int,
+    regenerate: bool,
+    progress: Progress,
+) -> dict[str, Manifest]:
+    """Each dataset's samples, and what the cache lacks of them."""
+    return {
+        name: build_manifest(
+            dataset.directory,
+            spec=family.media_spec(),
+            clip_mode=loaded.run.video_clip_mode,
+            encoders=encoders,
+            store=store,
+            workers=workers,
+            skip_bad_media=loaded.run.skip_bad_media,
+            regenerate=regenerate,
+            progress=progress,
+        )
+        for name, dataset in {TRAIN: loaded.dataset, **loaded.eval_datasets}.items()
+    }
+
+
+def open_cache(root: Path) -> CacheStore:
+    """Raises `ValueError` where the folder cannot be made."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cache_dir = '{root}' cannot be made ({error.strerror}); name another folder") from error
+    return CacheStore(root)
 
 
 def save_manifests(manifests: Mapping[str, Manifest], folder: Path) -> None:

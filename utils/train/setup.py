@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from utils.monitor.progress import CacheProgress
 from utils.train import tell
 from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings, check_settings
 from utils.train.engine import init_distributed
+from utils.train.order import check_order
 from utils.train.prepare import DEFAULT_WORKERS, Prepared, prepare
 from utils.train.run_folder import find_checkpoint, new_run_folder
 
@@ -87,8 +89,12 @@ def share_cores() -> None:
 
 def join(job: Job) -> None:
     """Meet the other ranks and agree on the run folder."""
+    patience = threading.Timer(5.0, tell.waiting, [job.console])
+    if dist.is_main():
+        patience.start()
     with captured_output(None):
         init_distributed()
+    patience.cancel()
     run_dir = job.resume.parent if job.resume else None
     if run_dir is None and dist.is_main() and not job.flags.cache_only:
         run_dir = new_run_folder(job.config.output_dir)
@@ -150,6 +156,7 @@ def prepare_data(job: Job) -> Prepared:
             regenerate=job.flags.regenerate_cache,
             progress=progress,
             run_dir=job.run_dir,
+            check=lambda train: check_order(config, train, None if job.flags.reset_dataloader else job.resume),
         )
     if dist.is_main():
         tell.cache(job.console, prepared, job.run_dir)

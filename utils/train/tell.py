@@ -17,6 +17,12 @@ from utils.train.loop import Run
 from utils.train.prepare import Prepared, skipped
 
 
+def waiting(console: Console) -> None:
+    """While ranks meet. On a CPU DeepSpeed compiles a small library the first time, which takes a minute."""
+    why = "" if torch.cuda.is_available() else "; the first time on a machine DeepSpeed compiles a small library"
+    show.show(console, f"waiting for {show.counted(dist.world_size(), 'rank')} to meet{why}")
+
+
 def introduce(
     console: Console,
     family: ModelFamily,
