@@ -93,6 +93,7 @@ def test_the_run_folder_is_what_the_readme_says(starts):
     }
     loras = {"adapter_model.safetensors", "adapter_config.json"} | configs
     expected = {"metrics.jsonl", "run.json", "skipped.jsonl", "latest", "logs/rank_0.log", "logs/rank_1.log"}
+    expected |= configs
     saved = range(0, EPOCHS + 1, SETTINGS["save_every_n_epochs"])[1:]
     expected |= {f"epoch{epoch}/{name}" for epoch in saved for name in loras}
     checkpoints = range(0, EPOCHS + 1, SETTINGS["checkpoint_every_n_epochs"])[-SETTINGS["keep_last"] :]

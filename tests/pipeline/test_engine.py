@@ -43,7 +43,7 @@ def reference() -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
             x = layer(x)
         loss = ToyFamily().loss(x, values.target).mean()
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
         optimizer.zero_grad()
