@@ -32,10 +32,10 @@ def draws(step: int) -> list[Draw]:
     return [Draw((slot + 0.5) / GLOBAL_BATCH, 50 * step + slot) for slot in range(GLOBAL_BATCH)]
 
 
-def make_family(checkpoint: str):
+def make_family(checkpoint: str, dtype: str = "float32"):
     from models.wan.family import WanFamily
 
-    return WanFamily(WanFamily.Config(type="wan", ckpt_path=checkpoint, dtype="float32"))
+    return WanFamily(WanFamily.Config(type="wan", ckpt_path=checkpoint, dtype=dtype))
 
 
 def eval_set(family, micro_batch: int):
@@ -113,8 +113,9 @@ def train(folder: Path, arguments: dict) -> list[dict]:
     from utils.train.evaluate import evaluate
 
     init_distributed()
-    family, results = make_family(arguments["checkpoint"]), []
+    results = []
     for case in arguments["cases"]:
+        family = make_family(arguments["checkpoint"], case.get("dtype", "float32"))
         kind = TRAINING[case["kind"]]
         settings = EngineSettings(
             stages=case["stages"],
@@ -158,6 +159,11 @@ CASES = [
 ]
 
 
+LOW = [  # bfloat16 base, float32 LoRA: several dtypes cross the boundary
+    {"kind": "lora", "stages": s, "data": 1, "gas": 2, "checkpointing": True, "dtype": "bfloat16"} for s in (1, 2, 3, 4)
+]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), layout="diffusers")
@@ -174,7 +180,7 @@ def trained(tmp_path_factory, checkpoint):
 
     def of(case: dict) -> dict:
         ranks = case["stages"] * case["data"]
-        cases = [c for c in CASES if c["stages"] * c["data"] == ranks]
+        cases = [c for c in CASES + LOW if c["stages"] * c["data"] == ranks]
         if ranks not in launched:
             folder = tmp_path_factory.mktemp("ranks")
             arguments = {"checkpoint": str(checkpoint), "cases": cases}
@@ -203,3 +209,12 @@ def test_weights_and_eval_losses_equal_a_plain_loop(case, trained, references):
     assert max(relative_error(got["weights"][name], weights[name]) for name in weights) < 5e-5
     assert max(abs(a - b) / b for a, b in zip(got["eval"], losses, strict=True)) < 1e-6
     assert abs(got["again"]) < 1e-6, "the batch size must not change the evaluation"
+
+
+@pytest.mark.pipeline
+def test_in_bfloat16_the_cut_changes_no_bit(trained):
+    """Nothing is rounded on the way between stages."""
+    whole, *cut = [trained(case) for case in LOW]
+    for got in cut:
+        assert all(torch.equal(got["weights"][name], whole["weights"][name]) for name in whole["weights"])
+        assert got["eval"] == whole["eval"]
