@@ -160,6 +160,10 @@ def test_without_a_family_buckets_are_not_held_against_it():
             "75% of the time; 8 would make it 27%",
         ),
         (
+            RUN.replace("[adapter]", "dtype = 'float16'\n\n[adapter]"),
+            "run.toml:11: dtype = 'float16' trains without loss scaling, so small gradients are lost; use 'bfloat16'",
+        ),
+        (
             RUN + "weigth_decay = 0.1\n",
             "run.toml:18: optimizer.weigth_decay goes to adamw as it is; was weight_decay meant?",
         ),

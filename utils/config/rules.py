@@ -52,6 +52,7 @@ def advice(loaded: LoadedConfig) -> list[str]:
         loaded, "run", [*_eval_advice(loaded.run), *_checkpoint_advice(loaded.run), *_rate_advice(loaded.run)]
     )
     said += _placed(loaded, "run", [*_bubble(loaded.run), *_optimizer_advice(loaded.run.optimizer)])
+    said += _placed(loaded, "run", list(_precision_advice(loaded)))
     for name, dataset in _datasets(loaded).items():
         said += _placed(loaded, name, _dataset_advice(dataset, loaded.sources.get(name)))
     return list(dict.fromkeys(said))
@@ -269,6 +270,14 @@ def _optimizer_advice(optimizer: OptimizerConfig) -> Iterator[Finding]:
         if near := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
             text = f"optimizer.{key} goes to {optimizer.type} as it is"
             yield ("optimizer", key), f"{text}; was {near[0]} meant?"
+
+
+def _precision_advice(loaded: LoadedConfig) -> Iterator[Finding]:
+    if getattr(loaded.model, "dtype", None) == "float16":
+        yield (
+            ("model", "dtype"),
+            "dtype = 'float16' trains without loss scaling, so small gradients are lost; use 'bfloat16'",
+        )
 
 
 def _dataset_advice(dataset: DatasetConfig, source: Source | None) -> list[Finding]:
