@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.launch import ROOT, run_ranks
+from tests.helpers.launch import ROOT, relative_error, run_ranks
 from tests.helpers.tiny import tiny_checkpoint
 
 STEPS, CUTS = 8, (1, 4, 6)  # the first epoch ends with step 4
@@ -87,12 +88,29 @@ def worker(folder: Path, _: None) -> dict:
     return {"whole": str(whole), "runs": runs}
 
 
-@pytest.fixture(scope="module", params=[2])
-def runs(request, tmp_path_factory) -> dict:
+def recut_worker(folder: Path, arguments: dict) -> str:
+    """On every rank: go on from a checkpoint of two stages with another number of them."""
+    import train
+    from utils import dist
+
+    copy = folder / "runs" / f"20300101_00-01-0{dist.world_size()}"
+    if dist.is_main():
+        partial = copy.with_name(f"partial-{copy.name}")
+        shutil.copytree(Path(arguments["whole"]) / f"global_step{CUTS[1]}", partial / f"global_step{CUTS[1]}")
+        partial.rename(copy)
+    while not copy.exists():  # ranks have not met yet
+        time.sleep(0.1)
+    words = ["--config", str(folder / "config.toml"), "--set", f"pipeline_stages={dist.world_size()}"]
+    assert train.main([*words, "--resume_from_checkpoint", copy.name]) == 0
+    return str(copy)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("resume")
     write_inputs(folder)
     tiny_checkpoint(folder)
-    return run_ranks("tests.pipeline.test_resume:worker", request.param, folder)[0]
+    return {"folder": folder, **run_ranks("tests.pipeline.test_resume:worker", 2, folder)[0]}
 
 
 def metrics(run: str) -> list[dict]:
@@ -160,3 +178,13 @@ def test_metrics_have_neither_gap_nor_duplicate(runs, cut):
 @pytest.mark.pipeline
 def test_the_latest_pointer_names_the_last_checkpoint(runs):
     assert (Path(runs["whole"]) / "latest").read_text().strip() == f"global_step{STEPS}"
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_checkpoint_goes_on_with_other_stages(runs, stages):
+    """Weights and optimizer state are kept by name, so the cut may change."""
+    resumed = run_ranks("tests.pipeline.test_resume:recut_worker", stages, runs["folder"], {"whole": runs["whole"]})[0]
+    whole, other = (load_file(Path(r) / f"step{STEPS}" / "adapter_model.safetensors") for r in (runs["whole"], resumed))
+    assert set(whole) == set(other)
+    assert max(relative_error(other[name], whole[name]) for name in whole) < 1e-5
