@@ -33,16 +33,38 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def on_gpu() -> bool:
+    """Whether this run uses GPUs. DS_ACCELERATOR=cpu keeps it off them: DeepSpeed would put its part on the CPU."""
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+
+
 def device() -> torch.device:
     """The accelerator that the launcher gave this rank, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank())
-    return torch.device("cpu")
+    return torch.device("cuda", local_rank()) if on_gpu() else torch.device("cpu")
+
+
+def claim_device() -> None:
+    """Make this rank's GPU the current one, where GPUs are used.
+
+    Raises:
+        ValueError: more ranks were started on this machine than it has GPUs; the same on each of them.
+    """
+    if not on_gpu():
+        return
+    wanted, gpus = max(ranks_here(), local_rank() + 1), torch.cuda.device_count()
+    if wanted > gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = f" (CUDA_VISIBLE_DEVICES = {visible})" if visible is not None else ""
+        raise ValueError(
+            f"{wanted} ranks were started on this machine, and {gpus} GPU{'s are' if gpus > 1 else ' is'} "
+            f"visible{seen}: each rank needs its own; start with --num_gpus={gpus}"
+        )
+    torch.cuda.set_device(local_rank())
 
 
 def backend() -> str:
     """gloo beside nccl on GPUs, so that host values can be agreed on without touching a stream."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    return "cpu:gloo,cuda:nccl" if on_gpu() else "gloo"
 
 
 def barrier() -> None:

@@ -115,6 +115,11 @@ class BlockLayer(nn.Module):
         tokens = self.block(x.flatten(1, 3), _widened(text), time6, self._rotary(x))
         return tokens.view_as(x), text, time6, time
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the block proper: what it is given has one shape a bucket, while captions differ in length, and each
+        length would be compiled anew until torch gives up and runs uncompiled."""
+        self.block.compile(*args, **kwargs)
+
 
 def _widened(text: Tensor) -> Tensor:
     """[B, S, D] to [B, 512, D], the last row repeated: rows of padding are all alike, and embedded they still are."""
@@ -188,4 +193,6 @@ class CastRMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        # autocast would bring such copies back: on CUDA, unlike on the CPU, it runs rms_norm in float32
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -10,6 +10,7 @@ that does not fit is reported as out of memory and the next one goes on.
 """
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -68,6 +69,7 @@ def row(model: str, frames: int, flags: argparse.Namespace, device, peak: float)
     except torch.cuda.OutOfMemoryError:
         return f"| {model} | {frames} | {tokens} | out of memory | | | |"
     finally:
+        gc.collect()  # the engine is full of cycles: the next model would find this one still in memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     linear, attention = forward_flops(model, tokens)

@@ -4,11 +4,14 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from models.lora import add_lora, is_lora
-from models.wan.layers import BlockLayer, CastLinear, RotaryTables, timestep_sinusoid
+from models.wan.layers import BlockLayer, CastLinear, CastRMSNorm, RotaryTables, timestep_sinusoid
 from tests.helpers.models import materialise, random_inputs, run_layers, wan_family
 
 
@@ -199,3 +202,34 @@ class TestFloat8:
             linear(x).sum().backward()
         assert [tensor.dtype for tensor in kept] == [torch.float8_e4m3fn]
         torch.testing.assert_close(x.grad, linear.weight.float().sum(0).expand(2, 8))
+
+
+def test_a_norm_keeps_its_dtype_under_autocast_on_a_gpu():
+    """On CUDA autocast runs rms_norm in float32, on the CPU it does not; fake tensors show it without a GPU."""
+    norm = CastRMSNorm(16, 1e-6, device="meta", dtype=torch.float32)
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # the context manager refuses where there is no GPU
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            norm.weight = nn.Parameter(torch.empty(16, device="cuda:0"))
+            x = torch.empty(2, 16, device="cuda:0", dtype=torch.bfloat16)
+            assert F.rms_norm(x, (16,), norm.weight.bfloat16()).dtype == torch.float32, "this test is no longer needed"
+            assert norm(x).dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def test_captions_of_any_length_share_one_compiled_block():
+    family, skeleton = built()
+    embed, *blocks, _ = family.pipeline_layers(skeleton)
+    counter = CompileCounter()
+    for block in blocks:
+        block.compile(backend=counter, dynamic=False)
+    x_t, t, text = random_inputs()
+    for rows in (2, 3, 512):
+        passed = embed((x_t, t, text[:, :rows]))
+        for block in blocks:
+            passed = block(passed)
+    assert counter.frame_count == 1

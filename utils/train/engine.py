@@ -21,7 +21,7 @@ import torch
 from deepspeed import comm
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import p2p, schedule
-from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
 from models.base import MicroBatch
@@ -121,6 +121,7 @@ class ReelEngine(PipelineEngine):
         """
         self._micro = 0
         loss = self.train_batch(batches)
+        self.timers(TRAIN_BATCH_TIMER).reset()  # nobody reads it, and it keeps two CUDA events a step
         self._finish_sends()
         return float(loss)
 
@@ -166,6 +167,9 @@ class ReelEngine(PipelineEngine):
 
     def _exec_send_activations(self, buffer_id: int) -> None:
         outputs = self.pipe_buffers["outputs"][buffer_id]
+        if not self.module.training:
+            # no gradient comes back to slow this stage down, and what the next has yet to take would fill its memory
+            self._finish_sends(keep=len(outputs) + 1)
         # On the host, through gloo: its sender runs ahead of the device, so the receiver learns shapes without a stall.
         # Every micro-batch has its own, as captions differ in length.
         self._send(pack_headers(outputs), self.next_stage)
@@ -245,16 +249,17 @@ class ReelEngine(PipelineEngine):
         self._sends = [(work, kept) for work, kept in self._sends if not work.is_completed()]
         self._sends.append((comm.isend(tensor, self.grid.stage_to_global(stage_id=stage)), tensor))
 
-    def _finish_sends(self) -> None:
-        for work, _ in self._sends:
+    def _finish_sends(self, keep: int = 0) -> None:
+        """Wait for all sends but the last `keep`."""
+        count = max(len(self._sends) - keep, 0)
+        for work, _ in self._sends[:count]:
             work.wait()
-        self._sends = []
+        self._sends = self._sends[count:]
 
 
 def init_distributed() -> None:
     """Join the process group that the launcher described; without a launcher this process is all of it."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ours.local_rank())
+    ours.claim_device()
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them here and there

@@ -83,7 +83,7 @@ def read_config(flags: argparse.Namespace) -> Job:
 
 def share_cores() -> None:
     """On a CPU, ranks of one machine divide its cores; torch would give all of them to each."""
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+    if not dist.on_gpu() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.ranks_here()))
 
 

@@ -14,6 +14,8 @@ from utils.data.plan import counter_hash
 
 Boundary = tuple[Tensor, ...]
 
+COMPILED_VERSIONS = 64  # of a layer; torch's own limit of 8 is four buckets
+
 
 class StageRow(NamedTuple):
     """One stage, for people."""
@@ -165,7 +167,8 @@ class StagedModule(PipelineModule):
         """Let torch compile each checkpointable layer in place; the first step of each shape waits for it."""
         for layer in self.forward_funcs:
             if getattr(layer, "checkpointable", False):
-                layer.compile(dynamic=False)
+                # beyond the limit torch goes on uncompiled; each bucket needs a version to train and one to evaluate
+                layer.compile(dynamic=False, recompile_limit=COMPILED_VERSIONS)
 
     def named_local(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This stage's parameters under the skeleton's names."""

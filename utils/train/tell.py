@@ -19,7 +19,7 @@ from utils.train.prepare import Prepared, skipped
 
 def waiting(console: Console) -> None:
     """While ranks meet. On a CPU DeepSpeed compiles a small library the first time, which takes a minute."""
-    why = "" if torch.cuda.is_available() else "; the first time on a machine DeepSpeed compiles a small library"
+    why = "" if dist.on_gpu() else "; the first time on a machine DeepSpeed compiles a small library"
     show.show(console, f"waiting for {show.counted(dist.world_size(), 'rank')} to meet{why}")
 
 
@@ -34,7 +34,7 @@ def introduce(
     """The first lines."""
     trains = f"LoRA of rank {config.adapter.rank}" if config.adapter else "all weights"
     ranks, stages = dist.world_size(), config.pipeline_stages
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = torch.cuda.get_device_name() if dist.on_gpu() else "CPU"
     show.show(
         console,
         f"{family.title}: training {trains} on {show.counted(ranks, 'rank')} ({where}), "
