@@ -10,7 +10,6 @@
 Everything is written in `<run>/tmp-global_step40` and renamed in one go, so a folder named global_step... is whole.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from models.weights import write_safetensors
 from utils import dist
+from utils.data.stat_index import hash_file
 from utils.train.optimizers import (
     load_optimizer_state_by_name,
     merge_optimizer_states,
@@ -119,7 +119,7 @@ def verify(folder: Path) -> dict[str, Any]:
     if manifest is None:
         raise CheckpointError(explain(folder.parent, f"{folder.name} that is complete"))
     for name, told in manifest["files"].items():
-        if _digest(folder / name) != told["blake2b"]:
+        if hash_file(folder / name) != told["blake2b"]:
             others = [p for p in folder.parent.glob("global_step*") if p != folder and _manifest(p) is not None]
             older = ", ".join(f"{p.parent.name}/{p.name}" for p in sorted(others, key=_step_of)) or "none"
             raise CheckpointError(
@@ -258,7 +258,7 @@ def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, d
                 torch.save(content, path)
             _sync(path)
             tensors = sorted(content if name.endswith(".safetensors") else content["shapes"])
-            files[name] = {"bytes": path.stat().st_size, "blake2b": _digest(path), "tensors": tensors}
+            files[name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path), "tensors": tensors}
 
     trouble = first_trouble(attempt(write))
     for part in dist.gather_text(json.dumps(files)):
@@ -270,7 +270,7 @@ def _finish(staging: Path, final: Path, told: Mapping[str, Any], files: dict[str
     path = staging / "state.json"
     path.write_text(json.dumps(told, indent=1))
     _sync(path)
-    files["state.json"] = {"bytes": path.stat().st_size, "blake2b": _digest(path)}
+    files["state.json"] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
     manifest = staging / "manifest.json"
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     _sync(manifest)
@@ -340,14 +340,6 @@ def attempt(action: Callable[[], Any]) -> str | None:
 def first_trouble(trouble: str | None) -> str | None:
     """The first rank's trouble, on every rank."""
     return next((text for text in dist.gather_text(trouble or "") if text), None)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while piece := file.read(16 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -106,10 +106,6 @@ class ReelEngine(PipelineEngine):
         self._sends: list[tuple[Any, Tensor]] = []
 
     @property
-    def stage(self) -> StagedModule:
-        return self.module
-
-    @property
     def data_rank(self) -> int:
         return self.grid.get_data_parallel_id()
 

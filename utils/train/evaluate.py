@@ -1,7 +1,7 @@
 """Losses on held-out data, at fixed quantiles and with noise fixed by sample."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +9,7 @@ from models.base import MicroBatch
 from utils import dist
 from utils.data.dataset import CachedDataset, EvalItem
 from utils.data.records import Bucket
+from utils.data.workers import Progress, Silent
 from utils.monitor.metrics import eval_tag
 from utils.train.engine import ReelEngine
 
@@ -35,12 +36,6 @@ class EvalResult(NamedTuple):
         return {eval_tag(name): self.loss, **{eval_tag(name, q): value for q, value in self.by_quantile.items()}}
 
 
-class Progress(Protocol):
-    def start(self, total: int, label: str) -> None: ...
-    def advance(self, n: int = 1, name: str = "") -> None: ...
-    def done(self) -> None: ...
-
-
 def micro_batches(eval_set: EvalSet) -> list[list[EvalItem]]:
     """All samples at all quantiles in batches of one bucket and one quantile; the last of a bucket may be short."""
     by_bucket: dict[Bucket, list[int]] = {}
@@ -61,7 +56,7 @@ def evaluate(engine: ReelEngine, eval_set: EvalSet, progress: Progress | None = 
     mine = batches[engine.data_rank :: data_ranks]
     feed: Iterator[MicroBatch] | None = None
     if engine.is_first_stage() or engine.is_last_stage():
-        feed = _feed(eval_set, mine, progress)
+        feed = _feed(eval_set, mine, progress or Silent())
     losses = engine.evaluate_batches(feed, len(mine))
     # one cell a sample and quantile, filled by exactly one rank: the sum over ranks is exact
     table = torch.zeros(len(QUANTILES), len(eval_set.dataset.entries), dtype=torch.float64)
@@ -72,12 +67,9 @@ def evaluate(engine: ReelEngine, eval_set: EvalSet, progress: Progress | None = 
     return EvalResult(sum(means) / len(means), dict(zip(QUANTILES, means, strict=True)), table.shape[1])
 
 
-def _feed(eval_set: EvalSet, batches: Sequence[Sequence[EvalItem]], progress: Progress | None) -> Iterator[MicroBatch]:
-    if progress:
-        progress.start(len(batches), f"evaluating {eval_set.name}")
+def _feed(eval_set: EvalSet, batches: Sequence[Sequence[EvalItem]], progress: Progress) -> Iterator[MicroBatch]:
+    progress.start(len(batches), f"evaluating {eval_set.name}")
     for items in batches:
         yield eval_set.dataset.eval_batch(items)
-        if progress:
-            progress.advance(1, "")
-    if progress:
-        progress.done()
+        progress.advance(1, "")
+    progress.done()

@@ -13,6 +13,7 @@ from models.base import ModelFamily
 from utils import dist
 from utils.data.loader import StepLoader
 from utils.data.plan import EpochPlan, StepPlan
+from utils.data.workers import Progress
 from utils.monitor.console import LiveLine, StepReport
 from utils.monitor.meters import Meters, StepTimes, peak_memory_gib
 from utils.monitor.metrics import (
@@ -30,7 +31,7 @@ from utils.monitor.metrics import (
 )
 from utils.train import checkpoint
 from utils.train.build import Built
-from utils.train.evaluate import EvalSet, Progress, evaluate
+from utils.train.evaluate import EvalSet, evaluate
 from utils.train.export import export
 from utils.train.optimizers import eval_mode
 from utils.train.schedules import learning_rate_factor

@@ -92,9 +92,11 @@ def join(job: Job) -> None:
     patience = threading.Timer(5.0, tell.waiting, [job.console])
     if dist.is_main():
         patience.start()
-    with captured_output(None):
-        init_distributed()
-    patience.cancel()
+    try:
+        with captured_output(None):
+            init_distributed()
+    finally:
+        patience.cancel()
     run_dir = job.resume.parent if job.resume else None
     if run_dir is None and dist.is_main() and not job.flags.cache_only:
         run_dir = new_run_folder(job.config.output_dir)
