@@ -28,6 +28,14 @@ class Draw(NamedTuple):
 
     quantile: float  # place on the timestep distribution, in (0, 1)
     seed: int  # seed of the noise
+    choice: float = 0.5  # uniform in (0, 1), for a family that trains several tasks: which one this sample is
+
+
+class ClipEnds(NamedTuple):
+    """What an encoder of conditions sees of a clip."""
+
+    pixels: Any  # uint8 [2, h, w, 3]: the first and the last frame
+    frames: int  # of the whole clip
 
 
 class MicroBatch(NamedTuple):
@@ -40,8 +48,8 @@ class MicroBatch(NamedTuple):
 class Encoder(ABC):
     """A frozen network that runs once a sample, while caching. Made cheap; `load` brings the weights."""
 
-    kind: ClassVar[str]  # the cache folder: "latents" or "text"
-    reads: ClassVar[Literal["pixels", "caption"]]
+    kind: ClassVar[str]  # the cache folder: "latents", "text", "condition", "image"; no two encoders share one
+    reads: ClassVar[Literal["pixels", "ends", "caption"]]
 
     @abstractmethod
     def fingerprint(self) -> Mapping[str, Any]:
@@ -57,9 +65,10 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(self, items: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """One dict of CPU tensors an item.
+        """One dict of CPU tensors an item; a sample is the merged dicts of all encoders, so their keys differ.
 
         `reads == "pixels"`: items are uint8 arrays or tensors [F, h, w, 3] of one shape.
+        `reads == "ends"`: items are `ClipEnds` of one shape and length.
         `reads == "caption"`: items are strings.
         """
 
@@ -139,13 +148,27 @@ class ModelFamily(ABC):
         """One loss a sample, float32 [B]. Means over samples are taken by whoever knows the global batch."""
 
     @abstractmethod
-    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
-        """Write the adapter for other programs. Keys are `<module name>.lora_A.weight` / `.lora_B.weight` under the
-        skeleton's module names; metadata goes into the safetensors header (rank and alpha are in it)."""
+    def save_adapter(
+        self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], formats: Sequence[str] = ()
+    ) -> list[Path]:
+        """Write the adapter for other programs, a file a format; no formats means the family's first.
+
+        Keys are `<module name>.<part>` under the skeleton's module names, parts as `models.adapters` lists them;
+        metadata goes into the safetensors header (rank and alpha are in it)."""
 
     @abstractmethod
-    def load_lora(self, path: Path) -> dict[str, Tensor]:
-        """The inverse of `save_lora`, alpha folded in, from a file or a folder."""
+    def load_adapter(self, path: Path) -> dict[str, Tensor]:
+        """The inverse of `save_adapter`, alpha folded in, from a file or a folder, in any format."""
+
+    def experts(self) -> Mapping[str, "ModelFamily"]:
+        """Models that are trained in turns on the same data, each with an adapter and an optimizer of its own, by the
+        suffix of their files. Most families are one model, which has none."""
+        return {"": self}
+
+    def expert_at(self, step: int) -> str:
+        """Which of `experts` takes optimizer step `step` (from 0). A pure function: every rank and every resumed run
+        comes to the same. It never changes within a step, whose gradients belong to one model."""
+        return ""
 
     @abstractmethod
     def save_full(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from models import flow_match
 from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily
+from models.casting import CastLinear, CastRMSNorm
 from models.lora import without_excluded
 from models.wan import export, variants
 from models.wan.config import WanModelConfig
 from models.wan.keymaps import TRANSFORMER
 from models.wan.layers import (
     BlockLayer,
-    CastLinear,
-    CastRMSNorm,
     EmbedLayer,
     HeadLayer,
     RotaryTables,
@@ -188,10 +187,12 @@ class WanFamily(ModelFamily):
     def loss(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
         return flow_match.flow_loss(prediction, target[0], self._pseudo_huber_c)
 
-    def save_lora(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
-        return export.save_lora(tensors, folder, metadata)
+    def save_adapter(
+        self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], formats: Sequence[str] = ()
+    ) -> list[Path]:
+        return [export.save_lora(tensors, folder, metadata)]
 
-    def load_lora(self, path: Path) -> dict[str, Tensor]:
+    def load_adapter(self, path: Path) -> dict[str, Tensor]:
         return export.load_lora(path, _linears(self.build_skeleton()))
 
     def save_full(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:

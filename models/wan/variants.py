@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from models.base import MediaSpec
 
@@ -23,10 +23,18 @@ class Variant(NamedTuple):
     model_type: str  # as the official config.json calls it
     marks: tuple[str, ...]  # one of these is part of a tensor's name, in official or diffusers naming
     channels: tuple[int, int] | None  # in and out of the transformer; None where marks say enough
-    media: MediaSpec | None  # None: not supported yet
+    media: MediaSpec | None  # None: not supported
+    vae: Literal["2.1", "2.2"] = "2.1"
+    frames_given: Literal["none", "first", "first and last"] = "none"  # joined as mask and condition channels
+    image_states: int = 0  # CLIP states of the given frames that cross attention sees; 0: no CLIP
+    first_frame_clean: bool = False  # can train image to video by leaving the first latent frame without noise
+    boundary: float | None = None  # lowest t of the high-noise expert; None: one model for all t
 
 
-_WAN21_MEDIA = MediaSpec(fps=Fraction(16), pixel_multiple=16, frame_stride=4, images=True)
+_MEDIA = MediaSpec(fps=Fraction(16), pixel_multiple=16, frame_stride=4, images=True)
+_I2V_MEDIA = _MEDIA._replace(images=False)
+_TI2V_MEDIA = MediaSpec(fps=Fraction(24), pixel_multiple=32, frame_stride=4, images=True)
+_FIRST, _BOTH = {"frames_given": "first"}, {"frames_given": "first and last"}
 
 # the first row that fits is it, so rows with marks stand first
 VARIANTS = (
@@ -34,13 +42,23 @@ VARIANTS = (
     Variant("S2V", "s2v", ("audio_injector.", "casual_audio_encoder."), None, None),
     Variant("Animate", "animate", ("pose_patch_embedding.",), None, None),
     Variant("Fun-Control", "fun_control", ("ref_conv.", "control_adapter."), None, None),
-    Variant("Wan2.1 FLF2V", "flf2v", ("img_emb.emb_pos", "image_embedder.pos_embed"), (36, 16), None),
-    Variant("Wan2.1 I2V", "i2v", ("img_emb.", "image_embedder."), (36, 16), None),
-    Variant("Wan2.2 I2V-A14B", "i2v", (), (36, 16), None),
-    Variant("Wan2.2 TI2V-5B", "ti2v", (), (48, 48), None),
+    Variant(
+        "Wan2.1 FLF2V",
+        "flf2v",
+        ("img_emb.emb_pos", "image_embedder.pos_embed"),
+        (36, 16),
+        _I2V_MEDIA,
+        **_BOTH,
+        image_states=514,
+    ),
+    Variant("Wan2.1 I2V", "i2v", ("img_emb.", "image_embedder."), (36, 16), _I2V_MEDIA, **_FIRST, image_states=257),
+    Variant("Wan2.2 I2V-A14B", "i2v", (), (36, 16), _I2V_MEDIA, **_FIRST, boundary=0.9),
+    Variant("Wan2.2 TI2V-5B", "ti2v", (), (48, 48), _TI2V_MEDIA, vae="2.2", first_frame_clean=True),
     Variant("Fun-Control", "fun_control", (), (48, 16), None),
-    Variant("Wan2.1 T2V", "t2v", (), (16, 16), _WAN21_MEDIA),
+    Variant("Wan2.1 T2V", "t2v", (), (16, 16), _MEDIA),
 )
+# the same tensors as Wan2.1 T2V: it takes a folder, a file's name or `expert` to tell
+T2V_A14B = VARIANTS[-1]._replace(title="Wan2.2 T2V-A14B", boundary=0.875)
 
 
 class Architecture(NamedTuple):

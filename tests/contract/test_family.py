@@ -118,7 +118,7 @@ def test_a_saved_adapter_loads_back(family, tmp_path):
     lora.add_lora(skeleton, family.lora_targets(skeleton), rank=2, alpha=2.0, dropout=0.0)
     names = [(lora.plain_lora_name(key), p.shape) for key, p in skeleton.named_parameters() if lora.is_lora(key)]
     tensors = {key: seeded_noise(tuple(shape), i) for i, (key, shape) in enumerate(names)}
-    family.save_lora(tensors, tmp_path, {"rank": "2", "alpha": "2"})
-    loaded = family.load_lora(tmp_path)
+    family.save_adapter(tensors, tmp_path, {"rank": "2", "alpha": "2"})
+    loaded = family.load_adapter(tmp_path)
     assert set(loaded) == set(tensors)
     assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)

@@ -93,7 +93,8 @@ class ToyFamily(ModelFamily):
         save_file(dict(tensors), folder / "toy.safetensors", dict(metadata))
         return folder / "toy.safetensors"
 
-    save_lora = save_full
+    def save_adapter(self, tensors, folder: Path, metadata, formats=()):
+        return [self.save_full(tensors, folder, metadata)]
 
-    def load_lora(self, path: Path):
+    def load_adapter(self, path: Path):
         return load_file(path / "toy.safetensors" if path.is_dir() else path)

@@ -45,7 +45,7 @@ def deltas(tensors, scale=1.0):
 
 def test_lora_keys_are_comfyuis_and_nothing_else(tmp_path):
     family, _, tensors = trained()
-    file = family.save_lora(tensors, tmp_path, METADATA)
+    [file] = family.save_adapter(tensors, tmp_path, METADATA)
     assert file == tmp_path / "adapter_model.safetensors"
     expected = {
         f"diffusion_model.blocks.{n}.{module}.lora_{matrix}.weight"
@@ -61,7 +61,7 @@ def test_lora_keys_are_comfyuis_and_nothing_else(tmp_path):
 
 def test_adapter_config_is_pefts(tmp_path):
     family, _, tensors = trained()
-    family.save_lora(tensors, tmp_path, {**METADATA, "alpha": "2.5"})
+    family.save_adapter(tensors, tmp_path, {**METADATA, "alpha": "2.5"})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 2.5)
     assert config["base_model_name_or_path"] == "Wan2.1 T2V"
@@ -71,7 +71,7 @@ def test_adapter_config_is_pefts(tmp_path):
 @pytest.mark.parametrize(("alpha", "exclude"), [(4.0, ()), (1.0, ()), (10.0, ("self_attn", "ffn.0", "blocks.0"))])
 def test_diffusers_loads_the_file_and_gives_our_output(tmp_path, alpha, exclude):
     family, skeleton, tensors = trained(alpha=alpha, exclude=exclude)
-    file = family.save_lora(tensors, tmp_path, {**METADATA, "alpha": str(alpha)})
+    [file] = family.save_adapter(tensors, tmp_path, {**METADATA, "alpha": str(alpha)})
     x_t, t, text = random_inputs()
     with torch.no_grad():
         ours = run_layers(family.pipeline_layers(skeleton), (x_t, t, text), torch.float32)
@@ -87,7 +87,7 @@ def test_diffusers_loads_the_file_and_gives_our_output(tmp_path, alpha, exclude)
 def test_diffusers_gets_every_matrix_and_the_same_delta(tmp_path, alpha):
     family, _, tensors = trained(alpha=alpha)
     pipeline = plain_pipeline(family)
-    pipeline.load_lora_weights(str(family.save_lora(tensors, tmp_path, {**METADATA, "alpha": str(alpha)})))
+    pipeline.load_lora_weights(str(family.save_adapter(tensors, tmp_path, {**METADATA, "alpha": str(alpha)})[0]))
     loaded = {plain_lora_name(n.replace("default_0", "default")): p for n, p in pipeline.transformer.named_parameters()}
     loaded = {name: p.data for name, p in loaded.items() if ".lora_" in name}
     assert loaded.keys() == tensors.keys()  # 0 missing, 0 unexpected
@@ -98,7 +98,7 @@ def test_diffusers_gets_every_matrix_and_the_same_delta(tmp_path, alpha):
 
 def test_alpha_is_stored_where_it_is_not_the_rank(tmp_path):
     family, _, tensors = trained(alpha=1.0)
-    saved = load_file(family.save_lora(tensors, tmp_path, {**METADATA, "alpha": "1.0"}))
+    saved = load_file(family.save_adapter(tensors, tmp_path, {**METADATA, "alpha": "1.0"})[0])
     alphas = {key: value.item() for key, value in saved.items() if key.endswith(".alpha")}
     assert alphas.keys() == {
         f"diffusion_model.blocks.{n}.{module}.alpha" for n in range(3) for module in NATIVE_MODULES
@@ -108,10 +108,10 @@ def test_alpha_is_stored_where_it_is_not_the_rank(tmp_path):
 
 @pytest.mark.parametrize("alpha", [4.0, 6.0])
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_load_lora_is_the_inverse(tmp_path, alpha, as_folder):
+def test_load_adapter_is_the_inverse(tmp_path, alpha, as_folder):
     family, _, tensors = trained(alpha=alpha)
-    file = family.save_lora(tensors, tmp_path, {**METADATA, "alpha": str(alpha)})
-    loaded = family.load_lora(tmp_path if as_folder else file)
+    [file] = family.save_adapter(tensors, tmp_path, {**METADATA, "alpha": str(alpha)})
+    loaded = family.load_adapter(tmp_path if as_folder else file)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         scale = alpha / 4 if ".lora_B." in name else 1.0
@@ -129,17 +129,17 @@ FOREIGN = {  # how other programs name the same matrices
 
 
 @pytest.mark.parametrize("style", FOREIGN)
-def test_load_lora_reads_other_names(tmp_path, style):
+def test_load_adapter_reads_other_names(tmp_path, style):
     family, _, tensors = trained()
     renamed = {FOREIGN[style](export._official(name), name): tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "lora.safetensors")
-    loaded = family.load_lora(tmp_path / "lora.safetensors")
+    loaded = family.load_adapter(tmp_path / "lora.safetensors")
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 def spoilt(tmp_path, change):
     family, _, tensors = trained()
-    saved = load_file(family.save_lora(tensors, tmp_path, METADATA))
+    saved = load_file(family.save_adapter(tensors, tmp_path, METADATA)[0])
     change(saved)
     save_file(saved, tmp_path / "lora.safetensors")
     return family, tmp_path / "lora.safetensors"
@@ -161,19 +161,19 @@ KEY = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
         (lambda s: s.clear(), "holds no LoRA"),
     ],
 )
-def test_load_lora_is_strict(tmp_path, change, message):
+def test_load_adapter_is_strict(tmp_path, change, message):
     family, file = spoilt(tmp_path, change)
     with pytest.raises(ValueError, match=message):
-        family.load_lora(file)
+        family.load_adapter(file)
 
 
-def test_load_lora_from_nowhere_and_from_half_a_file(tmp_path):
+def test_load_adapter_from_nowhere_and_from_half_a_file(tmp_path):
     family, file = spoilt(tmp_path, lambda saved: None)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match="truncated"):
-        family.load_lora(file)
+        family.load_adapter(file)
     with pytest.raises(FileNotFoundError, match="no LoRA at"):
-        family.load_lora(tmp_path / "nowhere")
+        family.load_adapter(tmp_path / "nowhere")
 
 
 def full_tensors(family):
@@ -211,5 +211,5 @@ def test_save_full_has_official_names_and_config(tmp_path):
 
 def test_dtype_is_kept(tmp_path):
     family, _, tensors = trained()
-    file = family.save_lora({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path, METADATA)
+    [file] = family.save_adapter({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path, METADATA)
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}

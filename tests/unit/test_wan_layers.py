@@ -10,8 +10,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from models.casting import CastLinear, CastRMSNorm
 from models.lora import add_lora, is_lora
-from models.wan.layers import BlockLayer, CastLinear, CastRMSNorm, RotaryTables, timestep_sinusoid
+from models.wan.layers import BlockLayer, RotaryTables, timestep_sinusoid
 from tests.helpers.models import materialise, random_inputs, run_layers, wan_family
 
 

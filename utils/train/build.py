@@ -146,7 +146,7 @@ def starting_adapter(family: ModelFamily, adapter: AdapterSettings | None) -> di
     if adapter is None or adapter.init_from_existing is None:
         return None
     try:
-        tensors = family.load_lora(adapter.init_from_existing)  # its own alpha is folded in
+        tensors = family.load_adapter(adapter.init_from_existing)  # its own alpha is folded in
     except (ValueError, OSError) as error:
         raise ValueError(f"[adapter] init_from_existing: {error}") from error
     return lora.fold_scale(tensors, adapter.rank / adapter.alpha)

@@ -54,7 +54,7 @@ def export(
 
     def put_together() -> None:
         gathered = _read_parts(parts, plain_lora_name if is_adapter else str)
-        write = family.save_lora if is_adapter else family.save_full
+        write = family.save_adapter if is_adapter else family.save_full
         write(gathered, staging, metadata)
         extras(staging)
         shutil.rmtree(folder, ignore_errors=True)
