@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not flags.cache_only:
             run = build_run(job, data)
             finished = train(run)
-            goodbye(job.console, run, finished)
+            goodbye(job.console, job.config, run, finished)
     return outcome.status
 
 

@@ -149,16 +149,28 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def save_adapter(
-        self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], formats: Sequence[str] = ()
+        self,
+        tensors: Mapping[str, Tensor],
+        folder: Path,
+        metadata: Mapping[str, str],
+        formats: Sequence[str] = (),
+        weights: WeightSource | None = None,
     ) -> list[Path]:
         """Write the adapter for other programs, a file a format; no formats means the family's first.
+
+        `weights` are those that it was trained on, where they are not the checkpoint's own: a format may count from
+        their norms.
 
         Keys are `<module name>.<part>` under the skeleton's module names, parts as `models.adapters` lists them;
         metadata goes into the safetensors header (rank and alpha are in it)."""
 
     @abstractmethod
-    def load_adapter(self, path: Path) -> dict[str, Tensor]:
+    def load_adapter(self, path: Path, weights: WeightSource | None = None) -> dict[str, Tensor]:
         """The inverse of `save_adapter`, alpha folded in, from a file or a folder, in any format."""
+
+    def check_formats(self, kind: str, formats: Sequence[str]) -> None:  # noqa: B027 (all formats may hold all kinds)
+        """Raise `ValueError` where `save_adapter` could not write an adapter of `kind` (`models.adapters.KINDS`) in one
+        of `formats`; asked before training."""
 
     def experts(self) -> Mapping[str, "ModelFamily"]:
         """Models that are trained in turns on the same data, each with an adapter and an optimizer of its own, by the
@@ -169,6 +181,11 @@ class ModelFamily(ABC):
         """Which of `experts` takes optimizer step `step` (from 0). A pure function: every rank and every resumed run
         comes to the same. It never changes within a step, whose gradients belong to one model."""
         return ""
+
+    def expert_shares(self) -> Mapping[str, float]:
+        """Share of the timestep distribution, and in the long run of the steps, that each of `experts` takes; the sum
+        is 1. The losses of held-out data are weighted with it."""
+        return {"": 1.0}
 
     @abstractmethod
     def save_full(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:

@@ -71,6 +71,20 @@ def timestep(
     return sigma.clamp(min_t, max_t).float()
 
 
+def share_above(
+    boundary: float,
+    distribution: Distribution,
+    sigmoid_scale: float = 1.0,
+    shift: float = 1.0,
+    min_t: float = 0.0,
+    max_t: float = 1.0,
+) -> float:
+    """Probability that what `timestep` draws lies above `boundary`."""
+    bounds = unshift_sigma(torch.tensor([min_t, min(max(boundary, min_t), max_t), max_t], dtype=torch.float64), shift)
+    low, middle, high = _cdf(bounds, distribution, sigmoid_scale).tolist()
+    return (high - middle) / (high - low)
+
+
 def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Standard normal float32 from a CPU generator: the same on every rank and every device."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,20 +92,34 @@ def seeded_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def noisy_and_target(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """x_t and v for float32 latents and noise [B, ...] and t [B]."""
-    t = t.reshape(-1, *[1] * (latents.ndim - 1))
+    """x_t and v for float32 latents and noise [B, C, ...].
+
+    Args:
+        t: one a sample, [B], or one a latent frame, [B, T], with latents [B, C, T, ...].
+    """
+    axes = (len(t), 1, -1) if t.ndim == 2 else (len(t),)
+    t = t.reshape(*axes, *[1] * (latents.ndim - len(axes)))
     return (1 - t) * latents + t * noise, noise - latents
 
 
-def flow_loss(prediction: Tensor, target: Tensor, pseudo_huber_c: float | None = None) -> Tensor:
+def flow_loss(
+    prediction: Tensor, target: Tensor, pseudo_huber_c: float | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Squared error, or pseudo-Huber sqrt(d^2 + c^2) - c (Song & Dhariwal 2023, arXiv 2310.14189), in float32.
 
+    Args:
+        weight: how much each element counts, to be broadcast to the target, such as [B, 1, T, 1, 1]; all alike unless
+            given. A sample's weights must not all be 0.
+
     Returns:
-        The mean over all but the batch axis, [B].
+        The weighted mean over all but the batch axis, [B].
     """
     difference = prediction.float() - target.float()
     if pseudo_huber_c is None:
         error = difference.square()
     else:
         error = torch.sqrt(difference.square() + pseudo_huber_c**2) - pseudo_huber_c
-    return error.flatten(1).mean(dim=1)
+    if weight is None:
+        return error.flatten(1).mean(dim=1)
+    # elements that share a weight are equally many, so the mean of the small tensor is that of the broadcast one
+    return (error * weight).flatten(1).mean(dim=1) / weight.flatten(1).mean(dim=1)

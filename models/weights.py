@@ -1,9 +1,8 @@
 """Tensors by name out of safetensors and pth files, whatever the names in the file, read only when asked for."""
 
 import json
-import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,20 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models import quantised
+from models.headers import ForeignFileError, Header, TensorInfo, load_pth, open_header
+from models.headers import read_header as read_header
+
 INDEX_SUFFIX = ".index.json"
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")  # of ComfyUI's single files
-HEADER_LENGTH_BYTES = 8  # a safetensors file opens with the header's length as a little-endian u64
-HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library: beyond it, this is no safetensors file
 
-_SCALED = "this looks like a ComfyUI fp8_scaled file, which cannot be read yet: use the bf16, fp16 or plain fp8 file"
-# part of an unexpected tensor's name -> what the file probably is
-FILE_GUESSES = {
-    "lora_": "this looks like a LoRA, not a model",
-    "scale_weight": _SCALED,
-    "weight_scale": _SCALED,
-    "comfy_quant": "this looks like a ComfyUI quantised file, which cannot be read yet: use the bf16 or fp16 file",
-}
+# shapes under the names of a file, and its metadata -> what the file is and what to do about it; None where that does
+# not help
+Identify = Callable[[Mapping[str, tuple[int, ...]], Mapping[str, str]], str | None]
 
 
 class KeyMap:
@@ -67,6 +63,7 @@ class StoredTensor(NamedTuple):
     file: Path
     name: str  # in the file
     shape: tuple[int, ...]
+    dtype: torch.dtype | None  # None: less than a byte a number
 
 
 def weight_files(path: Path, stem: str) -> list[Path]:
@@ -95,47 +92,6 @@ def _read_index(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes by name and the metadata of a safetensors file.
-
-    Raises:
-        ValueError: the file is cut short or is something else. Found from the header and the file's size alone.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
-        if not 0 < length <= min(size - HEADER_LENGTH_BYTES, HEADER_LIMIT_BYTES):
-            raise ValueError(f"{file}: truncated, or no safetensors file ({size} bytes)")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ValueError(f"{file}: damaged safetensors header ({error})") from error
-    metadata = header.pop("__metadata__", {})
-    promised = HEADER_LENGTH_BYTES + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    if size < promised:
-        raise ValueError(f"{file}: truncated, {size} of {promised} bytes")
-    return {name: tuple(tensor["shape"]) for name, tensor in header.items()}, metadata
-
-
-def load_pth(file: Path) -> dict[str, Tensor]:
-    """A flat state dict from a `.pth` or `.pt` file, memory-mapped where its format allows, never running its code.
-
-    Raises:
-        ValueError: the file is damaged, or holds something else than tensors by name.
-    """
-    try:
-        try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # files older than torch 1.6 are no zip archives and cannot be mapped
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with how that may have come about
-        raise ValueError(f"{file}: truncated, or not a file of plain tensors ({reason})") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"{file}: expected tensors by name, found a {type(loaded).__name__} of other things")
-    return dict(loaded)
-
-
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """`save_file` with the rights that a new file has here: the library makes files that only their owner can read,
     and ComfyUI often runs as somebody else. Raises `OSError` where it cannot be written."""
@@ -153,46 +109,72 @@ class WeightReader:
 
     Only headers are read at first. Files that are absent or cut short are remembered in `broken` and come up in
     `check`, so one message tells which file and which tensors.
+
+    Weights in float8 with a scale (`models.quantised`) are dequantised while they are read, to float32; or, where
+    `keeps_scale` says so, read as stored, with the scale as a tensor of its own, `<module>.weight_scale`.
     """
 
-    def __init__(self, files: Sequence[Path], key_map: KeyMap | None = None, what: str = "weights") -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        key_map: KeyMap | None = None,
+        what: str = "weights",
+        *,
+        keeps_scale: Callable[[str], bool] = lambda weight: False,
+        identify: Identify | None = None,
+    ) -> None:
         """
         Args:
             files: all shards of one model, in their order.
             key_map: names that the files may use; a name it does not know is taken for the skeleton's own.
             what: how messages call it, for instance `transformer`.
+            keeps_scale: whether a weight, by its skeleton name, is wanted as stored.
+            identify: for the hint at the end of a message.
+
+        Raises:
+            ValueError: a file of another kind, or quantised weights that cannot be read.
         """
         assert files, "no files to read"
         self.what = what
         self.location = files[0] if len(files) == 1 else files[0].parent
         self.broken: list[str] = []
+        self.metadata: dict[str, str] = {}  # of the headers
         self._key_map = key_map
+        self._identify = identify
         self._stored: dict[str, StoredTensor] = {}
         self._safetensors: dict[Path, Any] = {}
         self._pth: dict[Path, dict[str, Tensor]] = {}
         for number, file in enumerate(files, start=1):
             place = f"shard {number} of {len(files)}" if len(files) > 1 else "file"
             self._scan(file, place)
+        self._all = {tensor.name: tensor.shape for tensor in self._stored.values()}
+        self._scales: dict[str, StoredTensor] = {}  # weight to be dequantised -> its scale
+        self._sort_out(keeps_scale)
 
     def _scan(self, file: Path, place: str) -> None:
         try:
-            shapes = self._shapes_in(file)
+            header = self._open(file)
+        except ForeignFileError as error:
+            raise ForeignFileError(f"{self.what} {error}") from error
         except (FileNotFoundError, ValueError) as error:
             reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error).partition(": ")[2]
             self.broken.append(f"{place} absent or truncated ({file.name}: {reason})")
             return
-        for name, shape in shapes.items():
-            self._add(StoredTensor(file, name, shape))
+        self.metadata |= header.metadata
+        for name, (shape, dtype) in header.tensors.items():
+            self._add(StoredTensor(file, name, shape, dtype))
 
-    def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
+    def _open(self, file: Path) -> Header:
         if file.suffix == ".safetensors":
-            return read_header(file)[0]
+            return open_header(file)
         self._pth[file] = load_pth(file)
-        return {name: tuple(tensor.shape) for name, tensor in self._pth[file].items()}
+        tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._pth[file].items()}
+        return Header(tensors, {})
 
     def _add(self, tensor: StoredTensor) -> None:
-        plain = strip_prefix(tensor.name)
-        name = (self._key_map and self._key_map.to_skeleton(plain)) or plain
+        name = self._skeleton_name(tensor.name)
+        if name == quantised.FILE_MARKER and name in self._stored:
+            return  # each shard may have it
         if name in self._stored:
             other = self._stored[name]
             raise ValueError(
@@ -200,6 +182,46 @@ class WeightReader:
                 f"{tensor.file}; remove the file that does not belong there"
             )
         self._stored[name] = tensor
+
+    def _skeleton_name(self, stored: str) -> str:
+        plain = strip_prefix(stored)
+        return (self._key_map and self._key_map.to_skeleton(plain)) or plain
+
+    def _sort_out(self, keeps_scale: Callable[[str], bool]) -> None:
+        """Take the tensors of quantised weights apart; see `models.quantised`."""
+        plain = {strip_prefix(stored.name): name for name, stored in self._stored.items()}
+        try:
+            scales, aside = quantised.sort_out(
+                {name: self._info(skeleton) for name, skeleton in plain.items()}, self._marked_formats(plain)
+            )
+            for scale in scales.values():
+                if fault := quantised.scale_fault(self._load(self._stored[plain[scale]])):
+                    raise ValueError(f"{scale} {fault}; download the file again")
+        except ValueError as error:
+            if self.broken:
+                return  # what seems to be missing may lie in the shard that could not be read; `check` will say
+            raise ValueError(f"{self.what} {self.location}: {error}") from error
+        for name in aside:
+            del self._stored[plain[name]]
+        for name, scale in scales.items():
+            weight, stored = plain[name], self._stored.pop(plain[scale])
+            if keeps_scale(weight):
+                self._stored[weight.removesuffix(quantised.WEIGHT) + quantised.SCALE] = stored
+            else:
+                self._scales[weight] = stored
+
+    def _info(self, name: str) -> TensorInfo:
+        stored = self._stored[name]
+        return TensorInfo(stored.shape, stored.dtype)
+
+    def _marked_formats(self, plain: Mapping[str, str]) -> dict[str, str]:
+        """Module -> format, of the modules that the files mark as quantised."""
+        markers = {
+            name.removesuffix(quantised.MODULE_MARKER): bytes(self._load(self._stored[skeleton]).byte().flatten())
+            for name, skeleton in plain.items()
+            if name.endswith(quantised.MODULE_MARKER)
+        }
+        return quantised.marked_formats(markers, self.metadata.get(quantised.METADATA_KEY), strip_prefix)
 
     def names(self) -> set[str]:
         """Skeleton names of all tensors that can be read."""
@@ -209,13 +231,23 @@ class WeightReader:
         """Shape by skeleton name, from the headers."""
         return {name: tensor.shape for name, tensor in self._stored.items()}
 
+    def dtypes(self) -> dict[str, torch.dtype | None]:
+        """What `read` gives, by skeleton name: as stored, or float32 where it dequantises."""
+        stored = {name: tensor.dtype for name, tensor in self._stored.items()}
+        return stored | dict.fromkeys(self._scales, torch.float32)
+
     def stored_names(self) -> set[str]:
         """The same as the files spell them."""
         return {tensor.name for tensor in self._stored.values()}
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU; only this one is read from disk. `KeyError` for a name not in `names()`."""
-        stored = self._stored[name]
+        """The tensor on the CPU, as stored or dequantised; only this one is read from disk. `KeyError` for a name not
+        in `names()`."""
+        tensor = self._load(self._stored[name])
+        scale = self._scales.get(name)
+        return tensor if scale is None else quantised.dequantise(tensor, self._load(scale))
+
+    def _load(self, stored: StoredTensor) -> Tensor:
         if stored.file in self._pth:
             return self._pth[stored.file][stored.name]
         if stored.file not in self._safetensors:
@@ -242,6 +274,10 @@ class WeightReader:
         hint = self._hint(missing, unexpected)
         raise ValueError(f"{self.what} {self.location}: {'; '.join(faults + self.broken)}. {hint}")
 
+    def guess(self) -> str:
+        """What the files seem to be, where that is something else than what is wanted; empty where nothing tells."""
+        return (self._identify and self._identify(self._all, self.metadata)) or ""
+
     def _file_name(self, name: str) -> str:
         renamed = any(strip_prefix(stored.name) != skeleton for skeleton, stored in self._stored.items())
         return (renamed and self._key_map and self._key_map.from_skeleton(name)) or name
@@ -249,9 +285,8 @@ class WeightReader:
     def _hint(self, missing: Sequence[str], unexpected: Sequence[str]) -> str:
         if self.broken:
             return "Download the named files again."
-        for part, guess in FILE_GUESSES.items():
-            if any(part in name for name in unexpected):
-                return f"Hint: {guess}."
+        if hint := self.guess():
+            return f"Hint: {hint}."
         if missing and not unexpected:
             return "Hint: the files hold a part of the model only; download all of its shards."
         return "Hint: the config.json beside the files and the files themselves may belong to different models."

@@ -47,17 +47,49 @@ class WanModelConfig(BaseModel):
     llm_path: FilePath | None = Field(
         None, description="UMT5-XXL from elsewhere: a pth or safetensors file, or a transformers folder."
     )
+    clip_path: FilePath | None = Field(
+        None,
+        description="CLIP image encoder from elsewhere: a pth or safetensors file, or a transformers folder. "
+        "Wan2.1 I2V and FLF2V only.",
+    )
     tokenizer_path: FilePath | None = Field(
         None, description="Folder with UMT5's tokenizer, where it lies neither in ckpt_path nor beside llm_path."
+    )
+
+    expert: Literal["high", "low", "both"] | None = Field(
+        None,
+        description="Which transformer of Wan2.2 A14B is trained: high noise, low noise, or both in turns. Read off "
+        "transformer_path unless given.",
+    )
+    switch_every: int = Field(
+        1, ge=1, description="Optimizer steps before the expert may change; expert = 'both' only. 1 or more."
+    )
+    high_noise_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of steps for the high-noise expert; expert = 'both' only. In (0, 1); the share of timesteps "
+        "above the boundary unless given.",
+    )
+    i2v_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of clips trained as image to video, with a clean first frame; TI2V-5B only. 0 to 1.",
     )
 
     dtype: Dtype = Field("bfloat16", description="What matrix products run in, and what weights are kept in.")
     transformer_dtype: StorageDtype | None = Field(
         None,
-        description="What the frozen Linear weights of the transformer's blocks are kept in; dtype unless given. "
-        "float8 halves their memory; norms, biases, embeddings and modulation stay as they are.",
+        description="What the frozen Linear weights of the transformer's blocks are kept in; unless given dtype, and "
+        "for scaled float8 (ComfyUI's fp8_scaled files) what the file has. float8 halves their memory; norms, biases, "
+        "embeddings and modulation stay as they are.",
     )
     vae_dtype: Dtype | None = Field(None, description="What the VAE runs in while caching; dtype unless given.")
+
+    save_layout: Literal["official", "diffusers"] = Field(
+        "official", description="Names and folders under which a fully trained transformer is saved."
+    )
 
     timestep_sample_method: Literal["logit_normal", "uniform"] = Field(
         "logit_normal", description="Distribution of the timestep before the shift."
@@ -101,7 +133,26 @@ class WanModelConfig(BaseModel):
             raise ValueError(f"min_t = {self.min_t} must be below max_t = {self.max_t}")
         if not (self.ckpt_path or self.transformer_path):
             raise ValueError("ckpt_path is missing: the folder of a Wan checkpoint, such as models/Wan2.1-T2V-1.3B")
+        self._check_turns()
         return self
+
+    def _check_turns(self) -> None:
+        """What belongs to `expert = "both"`, and what does not go with it."""
+        both = self.expert == "both"
+        own = {"switch_every": self.switch_every, "high_noise_share": self.high_noise_share}
+        for key, value in own.items():
+            if value != WanModelConfig.model_fields[key].default and not both:
+                raise ValueError(f"{key} = {value} is for two experts in turns; set expert = 'both', or remove {key}")
+        if both and (self.transformer_path or not self.ckpt_path):
+            raise ValueError(
+                f"expert = 'both' takes two transformers out of ckpt_path, and transformer_path = "
+                f"'{self.transformer_path}' is one; remove transformer_path, or train one expert after the other"
+            )
+        if both and self.flux_shift and self.high_noise_share is None:
+            raise ValueError(
+                "flux_shift = true makes the experts' share of steps differ from bucket to bucket; set "
+                "high_noise_share, or use a static shift"
+            )
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -112,6 +163,11 @@ class WanModelConfig(BaseModel):
     def linear_dtype(self) -> torch.dtype:
         """What frozen Linear weights of the blocks are kept in."""
         return DTYPES[self.transformer_dtype or self.dtype]
+
+    @property
+    def clip_dtype(self) -> torch.dtype:
+        """What CLIP runs in: float16 as officially, unless all is to be exact."""
+        return torch.float32 if self.compute_dtype == torch.float32 else torch.float16
 
     @property
     def encoder_dtype(self) -> torch.dtype:

@@ -1,7 +1,7 @@
 """WanFamily: ties Wan's config, files, layers and formats to the interface that the trainer knows."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,11 +11,16 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 
 from models import flow_match
-from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily
-from models.casting import CastLinear, CastRMSNorm
-from models.lora import without_excluded
-from models.wan import export, variants
+from models.adapters import by_module, kind_of
+from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily, WeightSource
+from models.targets import without_excluded
+from models.wan import conditioning, export, variants
+from models.wan.adapter_files import BaseWeights, base_weights, save_adapter
+from models.wan.adapter_formats import check_formats
+from models.wan.adapter_reader import LinearShape, load_adapter
+from models.wan.checkpoint import look_up, open_transformer
 from models.wan.config import WanModelConfig
+from models.wan.experts import NAMES, alone, expert_of_step, high_noise_share, t_range
 from models.wan.keymaps import TRANSFORMER
 from models.wan.layers import (
     BlockLayer,
@@ -23,24 +28,17 @@ from models.wan.layers import (
     HeadLayer,
     RotaryTables,
 )
-from models.wan.layouts import WanFiles, find_files
+from models.wan.layouts import WanFiles
+from models.wan.metadata import of_model
+from models.wan.storage import choose_storage, swap_casting_modules
 from models.wan.variants import TEXT_LENGTH
 from models.weights import WeightReader
 
 ROTARY_POSITIONS = 1024  # per axis, as the official tables have it
 
-# parameter of the skeleton -> the WanModelConfig property with its frozen dtype, or float32; the first match counts
-STORAGE: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"(.*\.)?scale_shift_table"), "float32"),
-    (re.compile(r"condition_embedder\.time_(embedder|proj)\..*"), "float32"),
-    (re.compile(r"blocks\.\d+\.(.*\.)?norm\w*\.(weight|bias)"), "float32"),
-    (re.compile(r"blocks\.\d+\..*\.weight"), "linear_dtype"),
-    (re.compile(r".*"), "compute_dtype"),
-)
-
 
 class WanFamily(ModelFamily):
-    """Wan2.1 text to video, of any size."""
+    """Wan2.1 and Wan2.2, of any size: text to video, image to video, first and last frame to video."""
 
     Config: ClassVar[type] = WanModelConfig
 
@@ -55,31 +53,51 @@ class WanFamily(ModelFamily):
         """
         self._config = config
         self._pseudo_huber_c = pseudo_huber_c
-        self._files: WanFiles = find_files(config)
-        reader = self._reader()
-        self._sizes, self._variant = self._identify(reader)
-        reader.check(self._expected_shapes())
+        found = look_up(config)
+        self._sizes, self._variant, self._expert = found.sizes, found.variant, found.expert
+        self._storage = choose_storage(config, found.reader)
+        problems = [*found.problems]
+        with _noted(problems):
+            found.reader.check(self._expected_shapes())
+        pair = config.expert == "both" and self._variant.boundary is not None
+        self._experts = self._take_turns(problems) if pair else {}
+        if problems:
+            raise ValueError("\n".join(dict.fromkeys(problems)))  # what two experts share is missing once
+        assert found.files is not None, "without problems everything was found"
+        self._files: WanFiles = found.files
+        turns = list(self._experts.values())
+        self._t_range = turns[0]._t_range if turns else t_range(config, self._variant, self._expert)
 
-    def _reader(self) -> WeightReader:
-        return WeightReader(self._files.transformer, TRANSFORMER, what="transformer")
-
-    def _identify(self, reader: WeightReader) -> tuple[variants.Architecture, variants.Variant]:
-        told = variants.read_config(self._files.transformer_config) if self._files.transformer_config else {}
-        shown = variants.sizes_from_shapes(reader.shapes())
-        if not self._files.config_is_own and told.get("dim") != shown.get("dim"):
-            told = {}  # the config.json in ckpt_path is for another size than the file in transformer_path
-        try:
-            sizes = variants.architecture(told, reader.shapes())
-            return sizes, variants.detect(sizes, reader.stored_names())
-        except ValueError as error:
-            raise ValueError("; ".join([f"transformer {reader.location}: {error}", *reader.broken])) from error
+    def _take_turns(self, problems: list[str]) -> dict[str, "WanFamily"]:
+        """The two of `expert = "both"`, high noise first; what is wrong with them goes into `problems`."""
+        built: dict[str, WanFamily] = {}
+        for expert, name in NAMES.items():
+            with _noted(problems):
+                own = alone(self._config, self._variant, expert)
+                built[name] = WanFamily(own, pseudo_huber_c=self._pseudo_huber_c)
+        if len(built) == len(NAMES):
+            with _noted(problems):
+                self._high_noise_share = high_noise_share(self._config, self._variant)
+        kinds = {(family._variant, family._sizes) for family in built.values()}
+        if len(kinds) > 1:
+            problems.append(
+                f"[model] ckpt_path = '{self._config.ckpt_path}' holds two transformers that are no pair: "
+                f"{' and '.join(family.title for family in built.values())}; download both of one model"
+            )
+        return built
 
     def _expected_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self.build_skeleton().named_parameters()}
 
     @property
     def title(self) -> str:
-        return f"{self._variant.title} {variants.size_name(self._sizes)}"
+        part = f"{self._expert} noise" if self._expert else "both experts" if self._experts else ""
+        return variants.full_title(self._variant, self._sizes, part)
+
+    @property
+    def expert_suffix(self) -> str:
+        """Of the files of an expert of Wan2.2 A14B: `_high_noise`, `_low_noise`, or nothing."""
+        return f"_{NAMES[self._expert]}" if self._expert else ""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -90,33 +108,68 @@ class WanFamily(ModelFamily):
         return self._variant.media
 
     def tokens(self, width: int, height: int, frames: int) -> int:
-        """T * H/2 * W/2: the VAE takes 4 x 8 x 8 pixels to one latent, a patch 1 x 2 x 2 latents to one token."""
-        return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+        """T * H/2 * W/2: the VAE takes 4 x 8 x 8 pixels to one latent, Wan2.2's 4 x 16 x 16, and a patch 1 x 2 x 2
+        latents to one token."""
+        token_px = self.media_spec().pixel_multiple
+        return ((frames - 1) // 4 + 1) * (height // token_px) * (width // token_px)
 
     def encoders(self) -> Sequence[Encoder]:
-        """VAE, then UMT5."""
+        """VAE, what the variant makes of given frames, then UMT5."""
+        from models.wan.condition import WanConditionEncoder
+        from models.wan.image import WanImageEncoder
         from models.wan.text import WanTextEncoder
         from models.wan.vae import WanVAEEncoder
 
-        return (
-            WanVAEEncoder(self._files.vae, self._config.encoder_dtype),
-            WanTextEncoder(
-                self._files.text, self._files.tokenizer, self._config.compute_dtype, self._config.text_max_length
-            ),
-        )
+        files, config, variant = self._files, self._config, self._variant
+        both_ends = variant.frames_given == "first and last"
+        encoders: list[Encoder] = [WanVAEEncoder(files.vae, config.encoder_dtype, variant.vae)]
+        if variant.frames_given != "none":
+            encoders.append(WanConditionEncoder(files.vae, config.encoder_dtype, both_ends))
+        if files.clip:
+            encoders.append(WanImageEncoder(files.clip, config.clip_dtype, both_ends))
+        text = WanTextEncoder(files.text, files.tokenizer, config.compute_dtype, config.text_max_length)
+        return (*encoders, text)
+
+    def experts(self) -> Mapping[str, ModelFamily]:
+        return self._experts or {"": self}
+
+    def expert_at(self, step: int) -> str:
+        if not self._experts:
+            return ""
+        return NAMES[expert_of_step(step, self._config.switch_every, self._high_noise_share)]
+
+    def expert_shares(self) -> Mapping[str, float]:
+        if not self._experts:
+            return {"": 1.0}
+        share = self._high_noise_share
+        return {NAMES["high"]: float(share), NAMES["low"]: float(1 - share)}
 
     def micro_batch(self, samples: Sequence[Mapping[str, Tensor]], draws: Sequence[Draw]) -> MicroBatch:
-        """`samples` have `latents` [C, T, H, W] and `text` [S, text dim] at its true length.
+        """`samples` have `latents` [C, T, H, W] and `text` [S, text dim] at its true length; where the variant is given
+        frames, `condition` [C, T, H, W], and where it takes image states, `image` [I, image dim].
 
         Returns:
-            inputs (x_t [B, C, T, H, W] float32, t [B] float32, text [B, S, text dim], see `_padded`); target (v,).
+            inputs (x_t [B, C or 36, T, H, W] float32, t [B] float32, text [B, S, text dim], see `_padded`[, image]);
+            target (v [B, C, T, H, W],). Where TI2V-5B trains a sample as image to video (`draw.choice` below
+            `i2v_fraction`) t is [B, T], 0 on that sample's first frame, and target (v, weight [B, 1, T, 1, 1]).
         """
-        latents = torch.stack([sample["latents"].float() for sample in samples])
+        latents = _stacked(samples, "latents").float()
         noise = torch.stack([flow_match.seeded_noise(tuple(latents.shape[1:]), draw.seed) for draw in draws])
         t = self._timesteps([draw.quantile for draw in draws], latents)
+        weight: list[Tensor] = []
+        clean = torch.tensor([self._is_image_to_video(draw, latents.shape[2]) for draw in draws])
+        if clean.any():
+            t, *weight = conditioning.with_clean_first_frame(t, clean, latents.shape[2])
         x_t, v = flow_match.noisy_and_target(latents, noise, t)
+        if self._variant.frames_given != "none":
+            x_t = conditioning.with_condition(x_t, _stacked(samples, "condition"), self._variant.frames_given)
         text = _padded([sample["text"] for sample in samples])
-        return MicroBatch((x_t, t, text), (v,))
+        image = (_stacked(samples, "image"),) if self._variant.image_states else ()
+        return MicroBatch((x_t, t, text, *image), (v, *weight))
+
+    def _is_image_to_video(self, draw: Draw, frames: int) -> bool:
+        """Whether a sample of TI2V-5B is given its first latent frame; an image, being one, has nothing else."""
+        return self._variant.first_frame_clean and frames > 1 and draw.choice < self._config.i2v_fraction
 
     def _timesteps(self, quantiles: Sequence[float], latents: Tensor) -> Tensor:
         config = self._config
@@ -127,8 +180,7 @@ class WanFamily(ModelFamily):
             config.timestep_sample_method,
             config.sigmoid_scale,
             shift,
-            config.min_t,
-            config.max_t,
+            *self._t_range,
         )
 
     def build_skeleton(self) -> nn.Module:
@@ -136,40 +188,26 @@ class WanFamily(ModelFamily):
         with torch.device("meta"):
             skeleton = WanTransformer3DModel(**self._sizes.diffusers_arguments())
         skeleton.rope = WanRotaryPosEmbed(self._sizes.dim // self._sizes.num_heads, variants.PATCH, ROTARY_POSITIONS)
-        self._swap_casting_modules(skeleton.blocks)
+        swap_casting_modules(skeleton, self._storage)
         for name, parameter in list(skeleton.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             stored = nn.Parameter(torch.empty_like(parameter, dtype=self.storage_dtype(name)), parameter.requires_grad)
             setattr(skeleton.get_submodule(owner), leaf, stored)
         return skeleton
 
-    def _swap_casting_modules(self, blocks: nn.Module) -> None:
-        """Put in modules that cast on use, where what is stored differs from what is computed in."""
-        config = self._config
-        for name, module in list(blocks.named_modules()):
-            if isinstance(module, nn.RMSNorm) and config.compute_dtype != torch.float32:
-                swapped: nn.Module = CastRMSNorm(module.normalized_shape, module.eps, device="meta")
-            elif isinstance(module, nn.Linear) and config.linear_dtype != config.compute_dtype:
-                swapped = CastLinear(module, config.linear_dtype, config.compute_dtype)
-            else:
-                continue
-            owner, _, leaf = name.rpartition(".")
-            setattr(blocks.get_submodule(owner), leaf, swapped)
-
     def pipeline_layers(self, skeleton: nn.Module) -> list[nn.Module]:
         assert isinstance(skeleton, WanTransformer3DModel)
         rotary = RotaryTables(skeleton.rope)
-        blocks = [BlockLayer(block, rotary) for block in skeleton.blocks]
+        blocks = [BlockLayer(block, rotary, self._variant.image_states) for block in skeleton.blocks]
         return [EmbedLayer(skeleton, self.compute_dtype), *blocks, HeadLayer(skeleton)]
 
     def open_weights(self) -> WeightReader:
-        reader = self._reader()
+        reader = open_transformer(self._config, self._files.transformer)
         reader.check(self._expected_shapes())
         return reader
 
     def storage_dtype(self, name: str) -> torch.dtype:
-        kind = next(kind for pattern, kind in STORAGE if pattern.fullmatch(name))
-        return torch.float32 if kind == "float32" else getattr(self._config, kind)
+        return self._storage.dtype(name)
 
     def lora_targets(self, skeleton: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
         """Every Linear in the blocks: q, k, v, o of both attentions, and the two of the feed-forward part.
@@ -185,18 +223,51 @@ class WanFamily(ModelFamily):
         return without_excluded(targets, exclude, {name: TRANSFORMER.from_skeleton(name) or "" for name in targets})
 
     def loss(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
-        return flow_match.flow_loss(prediction, target[0], self._pseudo_huber_c)
+        """`target` is (v,) or (v, weight), see `micro_batch`; a mean is over what has a weight."""
+        velocity, *weight = target
+        return flow_match.flow_loss(prediction, velocity, self._pseudo_huber_c, *weight)
 
     def save_adapter(
-        self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str], formats: Sequence[str] = ()
+        self,
+        tensors: Mapping[str, Tensor],
+        folder: Path,
+        metadata: Mapping[str, str],
+        formats: Sequence[str] = (),
+        weights: WeightSource | None = None,
     ) -> list[Path]:
-        return [export.save_lora(tensors, folder, metadata)]
+        kind = kind_of(next(iter(by_module(tensors).values())))
+        told = of_model({"base_model": self.title, **metadata}, self._variant, self._sizes, self.expert_suffix, kind)
+        return save_adapter(tensors, folder, told, formats, self.expert_suffix, self._base(weights))
 
-    def load_adapter(self, path: Path) -> dict[str, Tensor]:
-        return export.load_lora(path, _linears(self.build_skeleton()))
+    def load_adapter(self, path: Path, weights: WeightSource | None = None) -> dict[str, Tensor]:
+        base = self._base(weights)
+        return load_adapter(path, _linears(self.build_skeleton()), self.expert_suffix, base)
+
+    def _base(self, weights: WeightSource | None) -> BaseWeights:
+        return base_weights(lambda: weights or self.open_weights())
+
+    def check_formats(self, kind: str, formats: Sequence[str]) -> None:
+        check_formats(kind, formats)
 
     def save_full(self, tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str]) -> Path:
-        return export.save_full(tensors, folder, self._sizes.official_config(self._variant.model_type), metadata)
+        layout = self._config.save_layout
+        told = of_model({"base_model": self.title, **metadata}, self._variant, self._sizes, self.expert_suffix)
+        place = export.model_folder(folder, layout, self.expert_suffix)
+        config = export.config_of(self._sizes, self._variant, layout)
+        return export.save_full(tensors, place, config, told, layout=layout)
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """Go on after a `ValueError`, whose lines go into `problems`."""
+    try:
+        yield
+    except ValueError as error:
+        problems += str(error).splitlines()
+
+
+def _stacked(samples: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
+    return torch.stack([sample[key] for sample in samples])
 
 
 def _padded(texts: Sequence[Tensor]) -> Tensor:
@@ -213,11 +284,11 @@ def _padded(texts: Sequence[Tensor]) -> Tensor:
     return padded
 
 
-def _linears(skeleton: nn.Module) -> dict[str, export.LinearShape]:
+def _linears(skeleton: nn.Module) -> dict[str, LinearShape]:
     """The Linear modules of the blocks of a skeleton without adapters, by name."""
     assert isinstance(skeleton, WanTransformer3DModel)
     return {
-        f"blocks.{name}": export.LinearShape(module.out_features, module.in_features)
+        f"blocks.{name}": LinearShape(module.out_features, module.in_features)
         for name, module in skeleton.blocks.named_modules()
         if isinstance(module, nn.Linear)
     }

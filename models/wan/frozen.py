@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models.base import WeightSource
 from models.weights import WeightReader, weight_files
 
 
@@ -35,7 +36,7 @@ def check_frozen(module: nn.Module, reader: WeightReader, ignored: Collection[st
     reader.check(needed | {name: stored[name] for name in ignored if name in stored})
 
 
-def fill_frozen(module: nn.Module, reader: WeightReader, device: torch.device, dtype: torch.dtype) -> None:
+def fill_frozen(module: nn.Module, reader: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
     """Give a module made on `meta` its weights, one tensor at a time, so that no second copy of them is ever held."""
     # A tied parameter has two names and only the first of them on disk; both get one tensor, hence one memory.
     names = {id(parameter): name for name, parameter in module.named_parameters()}

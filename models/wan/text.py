@@ -16,6 +16,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from models.base import Encoder
 from models.wan.encoder_keymaps import TEXT
 from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files
+from models.wan.identify import TEXT_KEY, hint_for
+from models.wan.tokenizer import SPIECE_TENSOR, open_tokenizer, spiece_tokenizer, tokenizer_file
 from models.weights import WeightReader
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,7 @@ WHAT = "text encoder"
 VERSION = 1  # of the arithmetic below; a change makes old cache entries stale
 STEM = "model"  # of the files in a transformers folder
 # In some files and of no use here: the embedding under its second name, and ComfyUI's copy of the tokenizer.
-IGNORED = ("encoder.embed_tokens.weight", "spiece_model")
-TOKENIZER_FILE = "tokenizer.json"
+IGNORED = ("encoder.embed_tokens.weight", SPIECE_TENSOR)
 MAX_TOKENS = 512  # of the official text encoder
 XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "num_heads": 64, "d_kv": 64, "num_layers": 24}
 
@@ -40,11 +41,12 @@ class WanTextEncoder(Encoder):
     kind: ClassVar[str] = "text"
     reads: ClassVar[Literal["pixels", "caption"]] = "caption"
 
-    def __init__(self, weights: Path, tokenizer: Path, dtype: torch.dtype, max_length: int = MAX_TOKENS) -> None:
+    def __init__(self, weights: Path, tokenizer: Path | None, dtype: torch.dtype, max_length: int = MAX_TOKENS) -> None:
         """
         Args:
-            weights: `models_t5_umt5-xxl-enc-bf16.pth`, a safetensors file, or a transformers folder.
-            tokenizer: a folder with tokenizer.json; the spiece.model beside it is not read.
+            weights: `models_t5_umt5-xxl-enc-bf16.pth`, a safetensors file, or a transformers folder. Scaled float8
+                weights are expanded while they are read.
+            tokenizer: a folder with tokenizer.json or spiece.model; None for the one that ComfyUI's files carry.
             dtype: what the network is held and run in, and what its states are stored in. Officially bfloat16.
             max_length: tokens a caption, the end token included; longer captions are cut and named in the log.
         """
@@ -57,7 +59,9 @@ class WanTextEncoder(Encoder):
         self._tokenize: Tokenizer | None = None
 
     def fingerprint(self) -> Mapping[str, Any]:
-        files = [*frozen_files(self.weights, STEM, WHAT), self.tokenizer / TOKENIZER_FILE]
+        files = frozen_files(self.weights, STEM, WHAT)  # without a folder the tokenizer is in them
+        if self.tokenizer is not None:
+            files = [*files, tokenizer_file(self.tokenizer)]
         return {
             "encoder": "umt5",
             "version": VERSION,
@@ -73,12 +77,11 @@ class WanTextEncoder(Encoder):
             FileNotFoundError: a path is wrong.
             ValueError: tensors are missing or mis-shaped, or the tokenizer belongs to another model.
         """
-        model, _ = self._skeleton()
-        self._open_tokenizer(model)
+        self._open_tokenizer(*self._skeleton())
 
     def load(self, device: torch.device) -> None:
         model, reader = self._skeleton()
-        self._tokenize = self._open_tokenizer(model)
+        self._tokenize = self._open_tokenizer(model, reader)
         fill_frozen(model, reader, device, self.dtype)
         self._model, self._device = model, device
 
@@ -108,19 +111,27 @@ class WanTextEncoder(Encoder):
 
     def _skeleton(self) -> tuple[UMT5EncoderModel, WeightReader]:
         """The network on `meta` and the reader that fits it."""
-        reader = WeightReader(frozen_files(self.weights, STEM, WHAT), TEXT, WHAT)
+        reader = WeightReader(frozen_files(self.weights, STEM, WHAT), TEXT, WHAT, identify=hint_for(TEXT_KEY))
         with torch.device("meta"):
             model = UMT5EncoderModel(umt5_config(reader))
         check_frozen(model, reader, IGNORED)
         return model, reader
 
-    def _open_tokenizer(self, model: UMT5EncoderModel) -> Tokenizer:
-        tokenizer = open_tokenizer(self.tokenizer, self.max_length)
+    def _open_tokenizer(self, model: UMT5EncoderModel, reader: WeightReader) -> Tokenizer:
+        if self.tokenizer is not None:
+            tokenizer = open_tokenizer(self.tokenizer, self.max_length)
+        elif SPIECE_TENSOR in reader.names():
+            content = reader.read(SPIECE_TENSOR)
+            tokenizer = spiece_tokenizer(content.numpy().tobytes(), str(self.weights), self.max_length)
+        else:
+            raise ValueError(
+                f"{WHAT} {self.weights} carries no tokenizer; set tokenizer_path to that of google/umt5-xxl"
+            )
         known, rows = tokenizer.get_vocab_size(), model.config.vocab_size
         if known > rows:
             raise ValueError(
-                f"tokenizer {self.tokenizer} knows {known} tokens and {WHAT} {self.weights} only {rows}; "
-                "they belong to different models"
+                f"tokenizer {self.tokenizer or self.weights} knows {known} tokens and {WHAT} {self.weights} only "
+                f"{rows}; they belong to different models"
             )
         return tokenizer
 
@@ -130,29 +141,6 @@ def clean_caption(caption: str) -> str:
     twice), runs of white space made one space."""
     text = html.unescape(html.unescape(ftfy.fix_text(caption)))
     return re.sub(r"\s+", " ", text).strip()
-
-
-def open_tokenizer(folder: Path, max_length: int) -> Tokenizer:
-    """The tokenizer in `folder`, cutting to `max_length` tokens and padding nothing.
-
-    tokenizer.json is read as it stands: transformers 5 would replace parts of it by those of T5.
-
-    Raises:
-        FileNotFoundError: there is no tokenizer.
-        ValueError: it does not end a caption with a token, which an encoder of the T5 kind must see.
-    """
-    file = folder / TOKENIZER_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"tokenizer {folder} holds no {TOKENIZER_FILE}; download google/umt5-xxl")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file}: not readable as a tokenizer ({error}); download it again") from error
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    if len(tokenizer.encode("").ids) != 1:
-        raise ValueError(f"{file}: adds no end token to a caption, so it is not UMT5's; download google/umt5-xxl again")
-    return tokenizer
 
 
 def umt5_config(reader: WeightReader) -> UMT5Config:

@@ -55,6 +55,9 @@ VARIANTS = (
     Variant("Wan2.2 I2V-A14B", "i2v", (), (36, 16), _I2V_MEDIA, **_FIRST, boundary=0.9),
     Variant("Wan2.2 TI2V-5B", "ti2v", (), (48, 48), _TI2V_MEDIA, vae="2.2", first_frame_clean=True),
     Variant("Fun-Control", "fun_control", (), (48, 16), None),
+    Variant("Wan2.2 Fun-Control", "fun_control", (), (52, 16), None),
+    Variant("Wan2.2 Fun 5B InP", "fun_inp", (), (100, 48), None),
+    Variant("Wan2.2 Fun 5B Control", "fun_control", (), (148, 48), None),
     Variant("Wan2.1 T2V", "t2v", (), (16, 16), _MEDIA),
 )
 # the same tensors as Wan2.1 T2V: it takes a folder, a file's name or `expert` to tell
@@ -73,6 +76,8 @@ class Architecture(NamedTuple):
     out_dim: int  # latent channels out
     text_dim: int
     eps: float
+    image_dim: int = 0  # of CLIP states; 0: no image embedder
+    pos_embed_seq_len: int = 0  # CLIP states that have a position embedding (FLF2V: both frames'); 0: it has none
 
     def diffusers_arguments(self) -> dict[str, Any]:
         """What `WanTransformer3DModel` is built with."""
@@ -87,12 +92,16 @@ class Architecture(NamedTuple):
             "ffn_dim": self.ffn_dim,
             "num_layers": self.num_layers,
             "eps": self.eps,
+            "image_dim": self.image_dim or None,
+            "added_kv_proj_dim": self.dim if self.image_dim else None,
+            "pos_embed_seq_len": self.pos_embed_seq_len or None,
         }
 
     def official_config(self, model_type: str) -> dict[str, Any]:
         """The config.json that the official code reads."""
         own = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": model_type}
-        return {**own, "text_len": TEXT_LENGTH, **self._asdict()}
+        told = {size: value for size, value in self._asdict().items() if size not in IMAGE_SIZES}
+        return {**own, "text_len": TEXT_LENGTH, **told}
 
 
 # a size -> tensor that shows it, and how
@@ -102,7 +111,11 @@ SHAPE_OF: dict[str, tuple[str, int]] = {
     "ffn_dim": ("blocks.0.ffn.net.0.proj.weight", 0),
     "freq_dim": ("condition_embedder.time_embedder.linear_1.weight", 1),
     "text_dim": ("condition_embedder.text_embedder.linear_1.weight", 1),
+    "image_dim": ("condition_embedder.image_embedder.norm1.weight", 0),
+    "pos_embed_seq_len": ("condition_embedder.image_embedder.pos_embed", 1),
 }
+# of the image embedder: the official code has them as constants, so its config.json does not tell them
+IMAGE_SIZES = ("image_dim", "pos_embed_seq_len")
 DIFFUSERS_KEYS = {
     "num_attention_heads": "num_heads",
     "in_channels": "in_dim",
@@ -121,8 +134,10 @@ def read_config(file: Path) -> dict[str, Any]:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds a {type(raw).__name__} and should hold keys and values; download it again")
     if "attention_head_dim" not in raw:
-        return {key: raw[key] for key in Architecture._fields if raw.get(key) is not None}
+        return {key: raw[key] for key in Architecture._fields if raw.get(key) is not None and key not in IMAGE_SIZES}
     sizes = {ours: raw[theirs] for theirs, ours in DIFFUSERS_KEYS.items() if raw.get(theirs) is not None}
     return {**sizes, "dim": raw["attention_head_dim"] * raw["num_attention_heads"]}
 
@@ -147,12 +162,12 @@ def architecture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     sizes = {"eps": 1e-6, **sizes_from_shapes(shapes), **config}
     if "num_heads" not in sizes and sizes.get("dim", 1) % HEAD_DIM == 0:
         sizes["num_heads"] = sizes["dim"] // HEAD_DIM
-    missing = [size for size in Architecture._fields if size not in sizes]
+    missing = [size for size in Architecture._fields if size not in {**Architecture._field_defaults, **sizes}]
     if missing:
         raise ValueError(
             f"neither a config.json nor the tensors tell {', '.join(missing)}; put the config.json beside them"
         )
-    return Architecture(**{size: sizes[size] for size in Architecture._fields})
+    return Architecture(**sizes)
 
 
 def detect(sizes: Architecture, names: Collection[str]) -> Variant:
@@ -165,11 +180,8 @@ def detect(sizes: Architecture, names: Collection[str]) -> Variant:
         ValueError: no row fits, or the row is not supported yet.
     """
     channels = (sizes.in_dim, sizes.out_dim)
-    for variant in VARIANTS:
-        marked = not variant.marks or any(mark in name for mark in variant.marks for name in names)
-        if marked and variant.channels in (None, channels):
-            break
-    else:
+    variant = row_of(channels, names)
+    if variant is None:
         raise ValueError(f"a transformer with {channels[0]} channels in and {channels[1]} out is no known Wan")
     if variant.media is None:
         supported = ", ".join(row.title for row in VARIANTS if row.media)
@@ -180,6 +192,21 @@ def detect(sizes: Architecture, names: Collection[str]) -> Variant:
     return variant
 
 
+def row_of(channels: tuple[int, int], names: Collection[str]) -> Variant | None:
+    """The first row of `VARIANTS` that fits `channels` in and out and the names, supported or not."""
+    for variant in VARIANTS:
+        marked = not variant.marks or any(mark in name for mark in variant.marks for name in names)
+        if marked and variant.channels in (None, channels):
+            return variant
+    return None
+
+
 def size_name(sizes: Architecture) -> str:
     """What people call the size: `1.3B`, `14B`; `custom size` for others."""
     return SIZES.get(sizes.dim, "custom size")
+
+
+def full_title(variant: Variant, sizes: Architecture, part: str = "") -> str:
+    """`Wan2.1 T2V 1.3B`, `Wan2.2 I2V-A14B high noise 14B`; a size that the title tells is not said again."""
+    size = size_name(sizes)
+    return " ".join(word for word in (variant.title, part, "" if variant.title.endswith(f"-{size}") else size) if word)

@@ -96,7 +96,7 @@ def time_bare(paths, workers, rgb):
 
 def time_ours(paths, workers, bucket):
     jobs = [PixelJob(f"{i:040x}", path, True, Fraction(0), MODEL_FPS, bucket) for i, path in enumerate(paths)]
-    manifest = Manifest([], [], [], jobs, [], {}, "")
+    manifest = Manifest([], [], [], {"latents": jobs}, {}, "")
     with tempfile.TemporaryDirectory() as folder:
         store, begun = CacheStore(Path(folder)), perf_counter()
         precache([manifest], [FreeEncoder()], store, device=torch.device("cpu"), workers=workers, batch_size=1)

@@ -145,11 +145,12 @@ def test_the_lora_has_comfyuis_keys_and_says_what_it_is(starts):
 def test_diffusers_loads_the_lora_and_predicts_what_was_trained(starts):
     from diffusers import WanPipeline, WanTransformer3DModel
 
-    from models.lora import add_lora, plain_lora_name
+    from models.adapter_layers import AdapterShape, add_adapter
+    from models.adapters import plain_name
 
     family = wan_family(starts.folder / "official")
     skeleton = family.build_skeleton()
-    add_lora(skeleton, family.lora_targets(skeleton), RANK, RANK, dropout=0.0)
+    add_adapter(skeleton, family.lora_targets(skeleton), "lora", AdapterShape(RANK, RANK))
     materialise(skeleton, family)
     # what was trained, from the training state rather than from the file under test
     state = starts.run / f"global_step{steps_of(EPOCHS)}"
@@ -164,8 +165,8 @@ def test_diffusers_loads_the_lora_and_predicts_what_was_trained(starts):
         untrained = predict(transformer, *inputs)
         pipeline.load_lora_weights(starts.run / f"epoch{EPOCHS}")
         theirs = predict(transformer, *inputs)
-    loaded = {plain_lora_name(name.replace(".default_0.", ".default.")) for name, _ in transformer.named_parameters()}
-    assert {name for name in loaded if ".lora_" in name} == {plain_lora_name(name) for name in trained}
+    loaded = {plain_name(name.replace(".default_0.", ".default.")) for name, _ in transformer.named_parameters()}
+    assert {name for name in loaded if ".lora_" in name} == {plain_name(name) for name in trained}
     assert (untrained - theirs).abs().max() > 1e-2 * theirs.abs().max(), "the LoRA should matter"
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 

@@ -24,8 +24,8 @@ def count_encodes(folder: Path) -> tuple[int, int]:
 
     job = read_config(train.parse_arguments(["--config", str(folder / "config.toml"), "--cache_only", *settings()]))
     join(job)
-    report = prepare_data(job).report
-    return report.latents, report.text
+    made = prepare_data(job).report.made
+    return made["latents"].encoded, made["text"].encoded
 
 
 def cache_worker(folder: Path, _: None) -> dict[str, tuple[int, int]]:

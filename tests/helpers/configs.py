@@ -52,6 +52,7 @@ class StandInConfig(BaseModel):
     transformer_path: Annotated[Path | None, Field(strict=False)] = None
     transformer_dtype: str | None = None
     dtype: str = "bfloat16"
+    expert: str | None = None
     timestep_sample_method: str = "logit_normal"
     min_t: float = Field(0.0, ge=0, le=1)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.base import Encoder
+from models.base import ClipEnds, Encoder
 
 
 class CountingEncoder(Encoder):
@@ -56,6 +56,25 @@ class ConvEncoder(CountingEncoder):
         self.items.append(item.copy())  # the original is overwritten later
         pixels = torch.as_tensor(item).permute(3, 0, 1, 2).float() / 127.5 - 1
         return {"latents": self.conv(pixels)}
+
+
+class EndsEncoder(CountingEncoder):
+    """The ends of a clip to one number each: the mean grey of the frame."""
+
+    reads = "ends"
+
+    def _encode_one(self, item: ClipEnds) -> dict[str, Tensor]:
+        assert isinstance(item, ClipEnds) and item.pixels.dtype == np.uint8 and item.pixels.shape[0] == 2
+        self.items.append(item._replace(pixels=item.pixels.copy()))  # the original is overwritten later
+        return {self.kind: torch.as_tensor(item.pixels).float().mean(dim=(1, 2, 3))}
+
+
+class ConditionEncoder(EndsEncoder):
+    kind = "condition"
+
+
+class ImageEncoder(EndsEncoder):
+    kind = "image"
 
 
 class ByteEncoder(CountingEncoder):

@@ -24,6 +24,7 @@ def write_video(
     rotation: int = 0,
     pixel_shape: Fraction | None = None,
     half: bool = False,
+    grain: bool = False,
 ) -> Path:
     """A video in which frame i is a flat grey of luma 20 + 2 i.
 
@@ -31,6 +32,7 @@ def write_video(
         pts: time stamps in `time_base`, for a variable rate; frame i at i / fps when absent.
         rotation: display matrix, degrees counter-clockwise.
         half: paint the left half black, so that orientation can be seen.
+        grain: add noise, other on each frame, so that no two pixels are alike; the numbers can still be read.
     """
     rate = Fraction(fps)
     width, height = size
@@ -44,7 +46,7 @@ def write_video(
         if rotation:
             stream.set_display_rotation(rotation)
         for i in range(frames):
-            frame = _grey(width, height, FIRST_LUMA + LUMA_STEP * i, half)
+            frame = _grey(width, height, FIRST_LUMA + LUMA_STEP * i, half, np.random.default_rng(i) if grain else None)
             frame.pts = i if pts is None else pts[i]
             frame.time_base = 1 / rate if time_base is None else time_base
             container.mux(stream.encode(frame))
@@ -56,12 +58,14 @@ def _lossless(codec: str) -> dict[str, str]:
     return {"libx264": {"qp": "0", "preset": "ultrafast", "bf": "2", "g": "12"}}.get(codec, {})
 
 
-def _grey(width: int, height: int, luma: int, half: bool) -> av.VideoFrame:
+def _grey(width: int, height: int, luma: int, half: bool, grain: np.random.Generator | None) -> av.VideoFrame:
     frame = av.VideoFrame(width, height, "yuv420p")
     for index, (plane, value) in enumerate(zip(frame.planes, (luma, 128, 128), strict=True)):
         rows = np.full((plane.height, plane.line_size), value, np.uint8)
         if half and index == 0:
             rows[:, : width // 2] = 16
+        if grain:
+            rows += grain.integers(-9, 10, rows.shape, dtype=np.int8).view(np.uint8)  # wraps, so this subtracts too
         plane.update(rows.tobytes())
     return frame
 

@@ -19,12 +19,14 @@ def tiny_wan() -> ModuleType:
     return module
 
 
-def tiny_checkpoint(folder: Path, layout: str = "official", shards: int = 1, seed: int = 0, **sizes: int) -> Path:
-    """A random Wan2.1 T2V in `folder` / `layout`, 5 MB unless `sizes` (fields of `tiny_wan.Sizes`) say otherwise.
+def tiny_checkpoint(
+    folder: Path, layout: str = "official", shards: int = 1, seed: int = 0, variant: str = "t2v", **sizes: int
+) -> Path:
+    """A random Wan in `folder` / `layout`, 5 MB unless `sizes` (fields of `tiny_wan.Sizes`) say otherwise.
 
     Takes about 0.3 s once the libraries are imported. Layouts made with equal seeds and sizes hold equal weights.
     """
     module = tiny_wan()
     target = folder / layout
-    module.write_checkpoint(target, layout, seed, shards, module.Sizes(**sizes))
+    module.write_checkpoint(target, layout, seed, shards, module.Sizes(**sizes), variant)
     return target

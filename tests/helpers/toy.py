@@ -93,8 +93,8 @@ class ToyFamily(ModelFamily):
         save_file(dict(tensors), folder / "toy.safetensors", dict(metadata))
         return folder / "toy.safetensors"
 
-    def save_adapter(self, tensors, folder: Path, metadata, formats=()):
+    def save_adapter(self, tensors, folder: Path, metadata, formats=(), weights=None):
         return [self.save_full(tensors, folder, metadata)]
 
-    def load_adapter(self, path: Path):
+    def load_adapter(self, path: Path, weights=None):
         return load_file(path / "toy.safetensors" if path.is_dir() else path)

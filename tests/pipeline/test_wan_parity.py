@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.adapters import first_value
 from models.base import Draw
-from models.lora import init_lora
 from tests.helpers.launch import gather_results, relative_error, run_ranks
 from tests.helpers.tiny import tiny_checkpoint
 
@@ -48,7 +48,8 @@ def eval_set(family, micro_batch: int):
             part = sample(-1 - int(key))
             return {"latents": part["latents"]} if kind == "latents" else {"text": part["text"]}
 
-    entries = [Entry(f"e{i}", f"e{i}", Bucket(48, 32, 5), 0, str(i), (str(i),)) for i in range(EVAL_SAMPLES)]
+    keys = [(str(i),) for i in range(EVAL_SAMPLES)]
+    entries = [Entry(f"e{i}", f"e{i}", Bucket(48, 32, 5), 0, ("latents",), key, key) for i, key in enumerate(keys)]
     return EvalSet("held_out", CachedDataset(family, Memory(), entries, "0", seed=9), lambda _: micro_batch)
 
 
@@ -73,7 +74,7 @@ def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], dic
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets), model)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data.copy_(init_lora(name, parameter.shape, SEED))
+                parameter.data.copy_(first_value(name, parameter.shape, SEED))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.SGD(trained.values(), lr=TRAINING[kind]["lr"])

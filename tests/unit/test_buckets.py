@@ -104,8 +104,21 @@ def test_kinds_without_a_bucket_are_told_what_to_add():
 
 def test_a_model_without_images_refuses_them():
     spec = SPEC._replace(images=False)
-    assert assign(Settings(), image(), spec) == "images are refused: this model needs at least 5 frames"
+    assert assign(Settings(), image(), spec) == (
+        "is an image, and this model trains on clips of at least 5 frames; images are skipped, give it videos or choose "
+        "a model that takes images"
+    )
     assert assign(Settings(), media(), spec) == [Bucket(512, 512, 65)]
+    both = Settings(size_buckets=((512, 512, 1), (256, 256, 33)))
+    assert assign(both, media(), spec) == [Bucket(256, 256, 33)]
+    assert "is an image, and" in assign(both, image(), spec)
+
+
+@pytest.mark.parametrize("settings", [Settings(frame_buckets=(1,)), Settings(size_buckets=((512, 512, 1),))])
+def test_a_model_without_images_needs_a_length_for_videos(settings):
+    with pytest.raises(ValueError, match="all are of 1 frame, and this model trains on .* at least 5; add .* as 33"):
+        bucket_table(settings, SPEC._replace(images=False))
+    bucket_table(settings, SPEC)
 
 
 def test_size_buckets_stand_alone():

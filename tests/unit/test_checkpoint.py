@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.data.stat_index import hash_file
 from utils.train import checkpoint, run_folder
-from utils.train.checkpoint import CheckpointError
+from utils.train.checkpoint import CheckpointError, Part
 from utils.train.optimizers import build_optimizer
 from utils.train.state import TrainState
 
@@ -37,8 +37,7 @@ def save(run_dir, step=7, parameters=None, keep_last=None):
         epochs_done=2,
         course={"order": "x"},
         meters={"epoch_loss_sum": 1.5},
-        trained=parameters,
-        optimizer=stepped(parameters),
+        parts={"": Part(parameters, stepped(parameters))},
         stage=0,
         data_rank=0,
         keep_last=keep_last,
@@ -53,7 +52,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert not list(tmp_path.glob("tmp-*"))
     fresh = trained(seed=5)
     optimizer = build_optimizer("adamw", list(fresh.items()), lr=0.1)
-    loaded = checkpoint.load(folder, trained=fresh, optimizer=optimizer)
+    loaded = checkpoint.load(folder, {"": Part(fresh, optimizer)})
     assert loaded.state == TrainState(7, 70)
     assert (loaded.epochs_done, loaded.course, loaded.meters) == (2, {"order": "x"}, {"epoch_loss_sum": 1.5})
     assert all(torch.equal(fresh[name], parameters[name]) for name in parameters)
@@ -72,7 +71,7 @@ def test_two_stages_load_into_one_and_one_into_two(tmp_path):
     folder = save(tmp_path, parameters=whole)
     half = {name: nn.Parameter(torch.zeros(3, 2)) for name in "cd"}
     optimizer = build_optimizer("adamw", list(half.items()), lr=0.1)
-    checkpoint.load(folder, trained=half, optimizer=optimizer)
+    checkpoint.load(folder, {"": Part(half, optimizer)})
     assert all(torch.equal(half[name], whole[name]) for name in half)
     assert len(optimizer.state) == 2
     # the same content as two stages would have written it
@@ -98,16 +97,16 @@ def test_changed_content_of_the_same_size_is_found_at_load(tmp_path):
     data[-1] ^= 1
     (folder / "weights_00.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"weights_00.safetensors is damaged"):
-        checkpoint.load(folder, trained=trained(), optimizer=None)
+        checkpoint.load(folder, {"": Part(trained(), None)})
 
 
 def test_other_tensors_than_were_saved(tmp_path):
     folder = save(tmp_path)
     with pytest.raises(CheckpointError, match=r"1 missing, first e; rank, exclude_modules"):
-        checkpoint.load(folder, trained=trained("abcde"), optimizer=None)
+        checkpoint.load(folder, {"": Part(trained("abcde"), None)})
     wrong = {"a": nn.Parameter(torch.zeros(4, 2))}
     with pytest.raises(CheckpointError, match=r"a is \[3, 2\], this run's is \[4, 2\]"):
-        checkpoint.load(folder, trained=wrong, optimizer=None)
+        checkpoint.load(folder, {"": Part(wrong, None)})
 
 
 def test_old_ones_are_deleted_once_a_newer_one_is_whole(tmp_path):
@@ -159,7 +158,7 @@ def test_nothing_is_unpickled(tmp_path):
     parameters = trained()
     optimizer = build_optimizer("adamw", list(parameters.items()), lr=0.1)
     with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
-        checkpoint.load(folder, trained=parameters, optimizer=optimizer)
+        checkpoint.load(folder, {"": Part(parameters, optimizer)})
 
 
 class TestWhichCheckpoint:

@@ -83,23 +83,66 @@ def test_a_bad_key_of_the_run(line, message):
     ("old", "new", "messages"),
     [
         ("rank = 8", "rank = 0", ["run.toml:13: adapter.rank = 0 is too small; use 1 or more"]),
+        *(
+            (
+                "rank = 8",
+                f"rank = 8\ninit_from_existing = {value}",
+                [
+                    f"run.toml:14: adapter.init_from_existing = {value} is not a path; write one path, or one for each "
+                    "expert: {high_noise = '...', low_noise = '...'}"
+                ],
+            )
+            for value in ("3", "''", "[]")
+        ),
         (
             "rank = 8",
             "",
-            ["run.toml:11: adapter.rank is missing; add it (Inner width of the two LoRA matrices)"],
+            ["run.toml:11: adapter.rank is missing; add it (Inner width of the adapter's matrices)"],
         ),
         (
             "'lora'",
-            "'lokr'",
+            "'loha'",
             [
-                "run.toml:12: adapter.type = 'lokr' is not supported yet; "
-                "use type = 'lora', or remove [adapter] to train all weights"
+                "run.toml:12: adapter.type = 'loha' is not known; "
+                "use 'lora', 'dora' or 'lokr', or remove [adapter] to train all weights"
             ],
         ),
         (
             "rank = 8",
-            "rank = 8\nfuse_adapters = [{path = 'x', weight = 1.0}]",
-            ["run.toml:14: adapter.fuse_adapters = [{path = 'x', weight = 1.0}] is not supported yet; remove it"],
+            "rank = 8\nfuse_adapters = [{path = '', weigth = 1.0}]",
+            [
+                "run.toml:14: adapter.fuse_adapters[0].path = '' is empty; write a path, or remove the key",
+                "run.toml:14: unknown key 'adapter.fuse_adapters[0].weigth' = 1.0; did you mean 'weight'?",
+            ],
+        ),
+        (
+            "rank = 8",
+            "rank = 8\nfuse_adapters = 'x'",
+            ["run.toml:14: adapter.fuse_adapters = 'x' is not a list; put it in [brackets]"],
+        ),
+        (
+            "rank = 8",
+            "rank = 8\nfactor = 0",
+            [
+                "run.toml:14: adapter.factor = 0 is not a factor; "
+                "use a whole number of 1 or more, or -1 for the most even cut"
+            ],
+        ),
+        (
+            "rank = 8",
+            "rank = 8\nsave_format = ['comfyui', 'peft']",
+            [
+                "run.toml:14: adapter.save_format = ['comfyui', 'peft'] is not known; "
+                "use 'comfyui', 'diffusers', 'kohya', or a list of them, each once"
+            ],
+        ),
+        (
+            "rank = 8",
+            "rank = 8\nsave_format = []",
+            [
+                "run.toml:14: adapter.save_format = [] is not known; "
+                "use 'comfyui', 'diffusers', 'kohya', or a list of them, each once"
+            ],
         ),
         ("rank = 8", "rank = 8\nlr = 1.0", ["run.toml:14: unknown key 'adapter.lr' = 1.0; it belongs in [optimizer]"]),
         ("lr = 1e-4", "lr = 0", ["run.toml:17: optimizer.lr = 0 is too small; use more than 0"]),

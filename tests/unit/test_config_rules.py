@@ -120,6 +120,29 @@ def test_rules_of_the_dataset(dataset, messages):
     assert check_rules(load(dataset=dataset), 1, SPEC) == messages
 
 
+@pytest.mark.parametrize(
+    ("dataset", "error", "note"),
+    [
+        (DATASET.replace("frame_buckets = [1, 9]", ""), "directory[0].frame_buckets", None),
+        (DATASET.replace("[1, 9]", "[1]"), "frame_buckets", None),
+        (top("size_buckets = [[64, 64, 1]]", run=DATASET), "size_buckets", None),
+        (DATASET, None, None),  # frame_buckets always has 1
+        (top("size_buckets = [[64, 64, 1], [64, 64, 9]]", run=DATASET), None, "size_buckets"),
+        (top("size_buckets = [[64, 64, 9]]", run=DATASET), None, None),
+    ],
+)
+def test_buckets_of_images_for_a_model_that_takes_none(dataset, error, note):
+    loaded, spec = load(dataset=dataset), SPEC._replace(images=False)
+    errors = [line.partition(": ")[2] for line in check_rules(loaded, 1, spec)]
+    mend = "has no length for videos, and this model trains on clips of at least 5 frames; add one such as 33"
+    assert errors == ([f"{error} {mend}"] if error else [])
+    if not errors:
+        said = [line.partition(": ")[2] for line in advice(loaded, spec) if "overrules" not in line]
+        why = "has 1 frame, for images, and this model skips them: it trains on videos"
+        assert said == ([f"{note} {why}"] if note else [])
+    assert check_rules(loaded, 1, SPEC) == []
+
+
 def test_without_a_family_buckets_are_not_held_against_it():
     assert check_rules(load(dataset=DATASET.replace("9", "8")), 1) == []
 
@@ -191,6 +214,83 @@ def test_advice_on_the_dataset(line, message):
 def test_many_resolutions_repeat_the_dataset():
     assert advice(load(dataset=DATASET.replace("[64]", "[64, 80, 96, 112]"))) == [
         "dataset.toml:1: resolutions has 4 entries: every clip is encoded and trained 4 times an epoch"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "'lora'\nrank = 8",
+            "'lokr'\nrank = 8\ndropout = 0.1",
+            "run.toml:14: adapter.dropout = 0.1 is for type = 'lora' or 'dora', and type is 'lokr'; remove it",
+        ),
+        (
+            "rank = 8",
+            "rank = 8\nfactor = 4",
+            "run.toml:14: adapter.factor = 4 is for type = 'lokr', and type is 'lora'; remove it",
+        ),
+        (
+            "'lora'\nrank = 8",
+            "'dora'\nrank = 8\ndecompose_both = true",
+            "run.toml:14: adapter.decompose_both = true is for type = 'lokr', and type is 'dora'; remove it",
+        ),
+    ],
+)
+def test_keys_of_another_type_of_adapter(old, new, message):
+    assert RUN.replace(old, new) != RUN
+    assert check_rules(load(RUN.replace(old, new)), 1, SPEC) == [message]
+
+
+@pytest.mark.parametrize(
+    "keys", ["type = 'lokr'\nfactor = 4\ndropout = 0.0\ndecompose_both = true", "type = 'dora'\ndropout = 0.1"]
+)
+def test_keys_that_fit_their_type_of_adapter(keys):
+    assert check_rules(load(RUN.replace("type = 'lora'", keys)), 1, SPEC) == []
+
+
+def test_adapters_to_merge_stand_in_one_place_and_exist():
+    Path("there").touch()
+    entries = "fuse_adapters = [{path = 'there', weight = -0.5}, {path = '/gone'}]"
+    at_the_top, in_the_table = top(entries), RUN.replace("rank = 8", f"rank = 8\n{entries}")
+    both = in_the_table.replace("output_dir", f"{entries}\noutput_dir", 1)
+    for text, key in ((at_the_top, "fuse_adapters"), (in_the_table, "adapter.fuse_adapters")):
+        loaded = load(text)
+        assert [(str(entry.path), entry.weight) for entry in loaded.run.fused] == [("there", -0.5), ("/gone", 1.0)]
+        assert [m for m in check_paths(loaded) if f"{key}[1].path = '/gone' does not exist" in m]
+        assert not [m for m in check_paths(loaded) if "[0]" in m and "fuse" in m]
+        assert check_rules(loaded, 1, SPEC) == []
+    [message] = check_rules(load(both), 1, SPEC)
+    assert message.endswith(
+        "adapter.fuse_adapters and fuse_adapters at the top are one key; put all entries into one of them"
+    )
+
+
+def test_one_format_or_several():
+    for value, formats in (("'kohya'", ("kohya",)), ("['diffusers', 'comfyui']", ("diffusers", "comfyui"))):
+        text = RUN.replace("rank = 8", f"rank = 8\nsave_format = {value}")
+        assert load(text).run.adapter.save_format == formats
+    assert load(RUN).run.adapter.save_format == ("comfyui",)
+
+
+def test_two_experts_are_trained_by_adapters_only():
+    run = RUN.replace("ckpt_path", "expert = 'both'\nckpt_path")
+    assert check_rules(load(run), 1) == []
+    whole = run.replace("[adapter]\ntype = 'lora'\nrank = 8\n", "")
+    assert check_rules(load(whole), 1) == [
+        "run.toml:9: model.expert = 'both' is for [adapter]: of two models trained whole, neither could wait in host "
+        "memory; add [adapter], or train expert = 'high' and then expert = 'low'"
+    ]
+    assert check_rules(load(whole.replace("both", "high")), 1) == []
+
+
+def test_a_starting_adapter_for_each_expert_is_looked_for():
+    run = RUN.replace("rank = 8", "rank = 8\ninit_from_existing = {high = '/gone/lora', low = 'there'}")
+    Path("there").touch()
+    loaded = load(run)
+    assert loaded.run.adapter.init_from_existing == {"high": Path("/gone/lora"), "low": Path("there")}
+    assert [line for line in check_paths(loaded) if "init_from_existing" in line] == [
+        "run.toml:14: adapter.init_from_existing.high = '/gone/lora' does not exist"
     ]
 
 

@@ -16,15 +16,25 @@ from utils.config.schema import AdapterConfig, MonitoringConfig, OptimizerConfig
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 WAN = MediaSpec(fps=16, pixel_multiple=16, frame_stride=4, images=True)
-# file -> processes that its head line starts
+I2V = WAN._replace(images=False)
+TI2V = WAN._replace(fps=24, pixel_multiple=32)
+# file -> processes that its head line starts, and what its model asks of clips
 RUNS = {
-    "main_example": 1,
-    "quickstart": 2,
-    "wan_1_3b_full_finetune": 2,
-    "wan_1_3b_lora": 1,
-    "wan_14b_lora_pp4": 4,
+    "main_example": (1, WAN),
+    "quickstart": (2, WAN),
+    "wan_1_3b_full_finetune": (2, WAN),
+    "wan_1_3b_lora": (1, WAN),
+    "wan_14b_lora_pp4": (4, WAN),
+    "wan_i2v_14b_lora": (4, I2V),
+    "wan_flf2v_14b_lora": (4, I2V),
+    "wan22_t2v_a14b_lora": (4, WAN),
+    "wan22_i2v_a14b_lora": (4, I2V),
+    "wan22_both_experts_lora": (4, WAN),
+    "wan22_ti2v_5b_lora": (1, TI2V),
 }
-DATASETS = ("dataset", "quickstart_dataset", "quickstart_eval")
+DATASETS = ("dataset", "dataset_i2v", "quickstart_dataset", "quickstart_eval")
+# switched-off key -> the line that it goes with
+COMPANIONS = dict.fromkeys(("switch_every", "high_noise_share"), "expert = 'both'")
 SWITCHED_OFF = re.compile(r"#(\w+) = ")  # "#key", while "# text" is a comment
 KEY = re.compile(r"#?(\w+) = ")
 
@@ -54,7 +64,9 @@ def switched_on(text):
             end = min(at for at in starts if at > number)
             rivals = {at for at in range(start, end) if lines[at].startswith(f"{match[1]} = ")}
             kept = [row for at, row in enumerate(lines) if at not in rivals | {number}]
-            kept.insert(start + 1 if start else 0, line[1:])
+            companion = COMPANIONS.get(match[1])
+            place = start + 1 if start else 0
+            kept[place:place] = [line[1:], *([companion] if companion and companion not in lines else [])]
             yield match[1], "\n".join(kept)
 
 
@@ -74,11 +86,11 @@ def test_the_lists_above_are_all_there_is():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_loads_and_keeps_the_rules(name):
-    text = (EXAMPLES / f"{name}.toml").read_text()
-    assert f"--num_gpus={RUNS[name]} train.py --deepspeed --config examples/{name}.toml" in text
+    (processes, spec), text = RUNS[name], (EXAMPLES / f"{name}.toml").read_text()
+    assert f"--num_gpus={processes} train.py --deepspeed --config examples/{name}.toml" in text
     loaded = load_config(EXAMPLES / f"{name}.toml")
-    assert check_rules(loaded, RUNS[name], WAN) == []
-    assert loaded.notices + advice(loaded) == []
+    assert check_rules(loaded, processes, spec) == []
+    assert loaded.notices + advice(loaded, spec) == []
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -121,3 +133,5 @@ def test_defaults_shown_in_the_main_example_are_the_defaults():
     text = (EXAMPLES / "main_example.toml").read_text()
     for key in ("seed", "eval_seed", "lr_scheduler", "partition_method", "caching_batch_size", "steps_per_print"):
         assert f"#{key} = {RunConfig.model_fields[key].default!r}" in text
+    for key in ("i2v_fraction", "min_t", "max_t", "text_max_length", "save_layout"):
+        assert f"#{key} = {family_class('wan').Config.model_fields[key].default!r}" in text

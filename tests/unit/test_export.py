@@ -9,13 +9,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from models.weights import write_safetensors
-from utils.train.export import export
+from utils.train.export import Model, export
 
 
 class Family:
     """Writes one file, or fails as a full disk does."""
 
-    full = False
+    title, full = "a model", False
 
     def save_full(self, tensors, folder, metadata):
         write_safetensors(folder / "model.safetensors", tensors, metadata)
@@ -26,7 +26,9 @@ class Family:
 def save(family, folder):
     trained = {"w": nn.Parameter(torch.arange(3.0))}
     settings = {"is_adapter": False, "dtype": None, "stage": 0, "data_rank": 0, "metadata": {"step": "1"}}
-    return export(family, folder, trained, **settings, extras=lambda folder: (folder / "config.toml").write_text(""))
+    return export(
+        [Model(family, trained)], folder, **settings, extras=lambda folder: (folder / "config.toml").write_text("")
+    )
 
 
 def test_a_save_leaves_the_folder_alone(tmp_path):

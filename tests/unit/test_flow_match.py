@@ -95,6 +95,23 @@ def test_path_and_target():
     assert torch.equal(v, noise - latents)
 
 
+def test_path_with_a_t_for_each_frame():
+    latents, noise = seeded_noise((2, 5, 3, 4), 0), seeded_noise((2, 5, 3, 4), 1)
+    t = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.25, 0.25]])
+    x_t, v = noisy_and_target(latents, noise, t)
+    for frame in range(3):
+        single, _ = noisy_and_target(latents[:, :, frame], noise[:, :, frame], t[:, frame])
+        assert torch.equal(x_t[:, :, frame], single)
+    assert torch.equal(v, noise - latents)
+
+
+def test_a_weighted_loss_is_a_weighted_mean():
+    target = torch.tensor([1.0, 2.0, 3.0]).reshape(1, 1, 3, 1).expand(2, 4, 3, 5)
+    weight = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 3.0]])[:, None, :, None]
+    loss = flow_loss(torch.zeros(2, 4, 3, 5), target, weight=weight)
+    assert loss.tolist() == pytest.approx([(4 + 9) / 2, (1 + 27) / 4])
+
+
 def test_loss_is_one_number_a_sample_in_float32():
     prediction, target = torch.zeros(2, 3, 4, dtype=torch.bfloat16), torch.ones(2, 3, 4)
     target[1] = 3

@@ -99,6 +99,41 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path):
     assert (probe(path).width, probe(path).height) == (128, 48)
 
 
+SOURCES = {
+    "24 fps": ("a.mp4", {"fps": 24}),
+    "NTSC film": ("a.mov", {"fps": NTSC_FILM}),
+    "slower than the model": ("a.mp4", {"fps": 12}),
+    "matroska": ("a.mkv", {"fps": 30}),
+    "no index": ("a.ts", {"fps": 24}),
+    "lossy, long groups": ("a.mp4", {"fps": 24, "options": {"crf": "28"}}),
+    "lossy, open groups": ("a.mp4", {"fps": 24, "options": {"x264-params": "open-gop=1:keyint=12:bframes=3"}}),
+    "intra refresh": ("a.mkv", {"fps": 24, "options": {"x264-params": "intra-refresh=1:keyint=16"}}),
+    "variable rate": ("a.mkv", {"pts": [i + max(0, i - 30) for i in range(70)], "time_base": Fraction(1, 30)}),
+    "variable rate, mp4": ("b.mp4", {"pts": [i + max(0, i - 30) for i in range(70)], "time_base": Fraction(1, 30)}),
+    "rotated": ("a.mp4", {"fps": 24, "rotation": 90}),
+    "pixels that are not square": ("a.mp4", {"fps": 24, "pixel_shape": Fraction(2)}),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_ends_of_a_clip_are_the_bytes_of_the_whole(tmp_path, source):
+    name, options = SOURCES[source]
+    path = write_video(tmp_path / name, 70, grain=True, **options)
+    for start in (Fraction(0), Fraction(11, 16)):
+        clip = (path, True, start, MODEL_FPS, 17, 48, 32)
+        whole, ends = decode_clip(*clip), decode_clip(*clip, only=(0, 16))
+        assert ends.shape == (2, 32, 48, 3) and np.array_equal(ends, whole[[0, 16]])
+        assert not np.array_equal(ends[0], ends[1])
+
+
+def test_the_ends_of_an_image_and_of_a_clip_that_is_too_short(tmp_path):
+    image, video = write_image(tmp_path / "a.png"), write_video(tmp_path / "a.mp4", 20)
+    ends = decode_clip(image, False, Fraction(0), Fraction(0), 1, 32, 32, only=(0, 0))
+    assert np.array_equal(ends[0], ends[1]) and ends.shape == (2, 32, 32, 3)
+    with pytest.raises(MediaError, match=r"frame 33 of the 33 from 0\.000 s on at 16 fps could not be decoded"):
+        decode_clip(video, True, Fraction(0), MODEL_FPS, 33, 64, 48, only=(0, 32))
+
+
 def test_odd_sizes(tmp_path):
     path = write_video(tmp_path / "a.webm", 9, size=(65, 49), codec="libvpx-vp9", options={"lossless": "1"})
     assert (probe(path).width, probe(path).height, probe(path).frames) == (65, 49, 9)
@@ -236,5 +271,5 @@ def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path):
 
 def test_asking_for_more_frames_than_there_are(tmp_path):
     path = write_video(tmp_path / "a.mp4", 20)
-    with pytest.raises(MediaError, match=r"only 2[01] of the 33 frames from 0\.000 s on at 16 fps could be decoded"):
+    with pytest.raises(MediaError, match=r"frame 2[12] of the 33 from 0\.000 s on at 16 fps could not be decoded"):
         decode_clip(path, True, Fraction(0), MODEL_FPS, 33, 64, 48)

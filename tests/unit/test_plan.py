@@ -13,7 +13,7 @@ SMALL, LARGE = Bucket(64, 64, 1), Bucket(128, 64, 9)
 
 def entries(counts: dict[tuple[Bucket, int], int]) -> list[Entry]:
     return [
-        Entry(f"{bucket}-{group}-{i}", f"{i}", bucket, group, "k", ("t",))
+        Entry(f"{bucket}-{group}-{i}", f"{i}", bucket, group, ("latents",), ("k",), ("t",))
         for (bucket, group), count in counts.items()
         for i in range(count)
     ]

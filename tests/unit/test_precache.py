@@ -56,8 +56,11 @@ class Bench:
         path.with_suffix(".txt").write_text(caption)
         return path
 
+    def make_encoders(self):
+        return [ConvEncoder(self.vae), ByteEncoder(self.text)]
+
     def manifest(self, *settings, workers=0, **kwargs):
-        self.encoders = [ConvEncoder(self.vae), ByteEncoder(self.text)]
+        self.encoders = self.make_encoders()
         kwargs = {"spec": SPEC, "clip_mode": "single_beginning", "workers": workers} | kwargs
         settings = settings or (Settings(path=self.data),)
         return build_manifest(settings, encoders=self.encoders, store=self.store, **kwargs)
@@ -72,7 +75,7 @@ class Bench:
         )
 
     def counts(self, **kwargs):
-        """(clips encoded, captions encoded) by one start."""
+        """What one start encodes, an encoder each: (clips, captions)."""
         self.run(**kwargs)
         return tuple(len(encoder.items) for encoder in self.encoders)
 
@@ -84,7 +87,7 @@ def bench(tmp_path):
 
 def test_a_first_start_encodes_every_clip_and_distinct_caption_once(bench):
     manifest, report = bench.run(workers=2)
-    assert (report.latents, report.text, report.reused, report.failed) == (5, 5, 0, {})  # 4 captions and the empty one
+    assert (report.made, report.failed) == ({"latents": (5, 0), "text": (5, 0)}, {})  # 4 captions and the empty one
     assert sorted(bench.encoders[1].items) == ["", "a still", "clip 0", "clip 1", "clip 2"]
     assert bench.encoders[0].batches == [1, 2, 2]  # the image, then the videos of one shape
     assert [encoder.loads for encoder in bench.encoders] == [1, 1] and not any(e.loaded for e in bench.encoders)
@@ -98,7 +101,7 @@ def test_a_first_start_encodes_every_clip_and_distinct_caption_once(bench):
         "still.png",
     ]
     for entry in manifest.entries:
-        latents = bench.store.read("latents", entry.latents_key)["latents"]
+        latents = bench.store.read("latents", entry.media_keys[0])["latents"]
         assert latents.shape == (16, (entry.bucket.frames + 3) // 4, 8, 8)
         assert bench.store.has("text", entry.text_keys[0])
     assert bench.store.read("text", manifest.empty_text_key)["text"].shape == (1, 8)
@@ -110,7 +113,7 @@ def test_workers_deliver_the_same_latents_as_decoding_here(bench, tmp_path):
     here = CacheStore(tmp_path / "other")
     precache([manifest], bench.encoders, here, device=CPU, workers=0, batch_size=1)
     for entry in manifest.entries:
-        ours, theirs = (store.read("latents", entry.latents_key)["latents"] for store in (bench.store, here))
+        ours, theirs = (store.read("latents", entry.media_keys[0])["latents"] for store in (bench.store, here))
         assert torch.equal(ours, theirs)
 
 
@@ -139,7 +142,7 @@ def test_renaming_moving_and_repeating_cost_nothing(bench):
     (bench.data / "clip1.mp4").rename(bench.data / "renamed.mp4")
     (bench.data / "clip1.txt").rename(bench.data / "renamed.txt")
     _, report = bench.run(Settings(path=bench.data, num_repeats=7.0))
-    assert (report.latents, report.text, report.reused) == (0, 0, 10)
+    assert report.made == {"latents": (0, 5), "text": (0, 5)}
 
 
 def test_another_vae_encodes_all_latents_and_no_text(bench):
@@ -155,14 +158,14 @@ def test_changed_bytes_and_other_shapes_encode_what_they_touch(bench):
     bench.clip("clip0.mp4", 25, caption="clip 0")
     assert bench.counts() == (1, 0)
     _, report = bench.run(Settings(path=bench.data, frame_buckets=(1, 5)))
-    assert (report.latents, report.reused) == (4, 1 + 5)  # the still and the captions stay
+    assert report.made == {"latents": (4, 1), "text": (0, 5)}  # the still and the captions stay
 
 
 def test_regenerate_makes_everything_anew(bench):
     bench.run()
     manifest = bench.manifest(regenerate=True)
     report = bench.fill([manifest])
-    assert (report.latents, report.text, report.reused) == (5, 5, 0)
+    assert report.made == {"latents": (5, 0), "text": (5, 0)}
 
 
 def test_the_clip_in_the_cache_is_the_one_that_was_chosen(bench):
@@ -200,7 +203,7 @@ def test_ranks_share_the_work_through_the_folder_alone(bench):
         "clip 1",
         "clip 2",
     ]
-    assert {(report.latents, report.text) for report in reports.values()} == {(5, 5)}
+    assert [report.made for report in reports.values()] == [{"latents": (5, 0), "text": (5, 0)}] * 3
     assert bench.counts() == (0, 0)
 
 
@@ -211,9 +214,9 @@ def test_train_and_eval_share_what_is_equal(bench, tmp_path):
     (held_out / "copy.txt").write_text("clip 2")
     train, evals = bench.manifest(), bench.manifest(Settings(path=held_out))
     report = bench.fill([train, evals])
-    assert (report.latents, report.text) == (5, 5)
+    assert report.made == {"latents": (5, 0), "text": (5, 0)}
     assert overlap(train, evals) == [f"{held_out / 'copy.mp4'} is also a training file: {bench.data / 'clip0.mp4'}"]
-    assert overlap(train, train) and not overlap(evals, Manifest([], [], [], [], [], {}, ""))
+    assert overlap(train, train) and not overlap(evals, Manifest([], [], [], {}, {}, ""))
 
 
 def test_a_manifest_survives_the_disk(bench, tmp_path):
@@ -281,10 +284,10 @@ def test_a_clip_that_breaks_while_decoding_is_named_after_all_others_are_done(be
 
     manifest, report = bench.run(workers=1, skip_bad_media=True)
     [(key, skipped)] = report.failed.items()
-    assert (report.latents, report.text, report.reused) == (0, 5, 5) and skipped.path.name == "spoilt.mp4"
+    assert report.made == {"latents": (0, 5), "text": (5, 0)} and skipped.path.name == "spoilt.mp4"
     remaining = manifest.without(report.failed)
     assert len(remaining.entries) == 5 and remaining.skipped[-1] == skipped
-    assert key not in {entry.latents_key for entry in remaining.entries}
+    assert key not in {key for entry in remaining.entries for key in entry.media_keys}
 
 
 def test_an_encoder_that_gives_nan_stops_the_run_and_is_unloaded(bench):

@@ -2,14 +2,25 @@ import json
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from models.lora import add_lora, is_lora, plain_lora_name
+from models.adapter_layers import AdapterShape, add_adapter
+from models.adapters import is_adapter, plain_name
 from models.wan import export
-from tests.helpers.models import materialise, random_inputs, run_layers, wan_family
+from models.wan.adapter_formats import official_name
+from tests.helpers.adapters import plain_pipeline
+from tests.helpers.models import (
+    DATA,
+    TRANSFORMER_FILE,
+    VARIANTS,
+    materialise,
+    random_inputs,
+    run_layers,
+    wan_family,
+    wan_variant,
+)
 
 METADATA = {"base_model": "Wan2.1 T2V", "rank": "4", "step": "12"}
 NATIVE_MODULES = [f"self_attn.{p}" for p in "qkvo"] + [f"cross_attn.{p}" for p in "qkvo"] + ["ffn.0", "ffn.2"]
@@ -19,23 +30,14 @@ def trained(rank=4, alpha=4.0, exclude=()):
     """A family, its adapted skeleton with adapters that do something, and their tensors as a trainer gives them."""
     family = wan_family()
     skeleton = family.build_skeleton()
-    add_lora(skeleton, family.lora_targets(skeleton, exclude), rank, alpha, dropout=0.0)
+    add_adapter(skeleton, family.lora_targets(skeleton, exclude), "lora", AdapterShape(rank, alpha))
     materialise(skeleton, family)
     tensors = {}
     for name, parameter in skeleton.named_parameters():
-        if is_lora(name):
+        if is_adapter(name):
             parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(tensors)))
-            tensors[plain_lora_name(name)] = parameter.data
+            tensors[plain_name(name)] = parameter.data
     return family, skeleton, tensors
-
-
-def plain_pipeline(family):
-    """diffusers' own model and pipeline on the same base weights."""
-    transformer = WanTransformer3DModel(**family._sizes.diffusers_arguments())
-    weights = family.open_weights()
-    transformer.load_state_dict({name: weights.read(name) for name in weights.names()})
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    return WanPipeline(tokenizer=None, text_encoder=None, transformer=transformer, vae=None, scheduler=scheduler)
 
 
 def deltas(tensors, scale=1.0):
@@ -55,7 +57,7 @@ def test_lora_keys_are_comfyuis_and_nothing_else(tmp_path):
     }
     with safe_open(file, "pt") as saved:
         assert set(saved.keys()) == expected
-        assert saved.metadata() == {"format": "pt", **METADATA}
+        assert {"format": "pt", **METADATA}.items() <= saved.metadata().items()
     assert [f.name for f in sorted(tmp_path.iterdir())] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -88,7 +90,7 @@ def test_diffusers_gets_every_matrix_and_the_same_delta(tmp_path, alpha):
     family, _, tensors = trained(alpha=alpha)
     pipeline = plain_pipeline(family)
     pipeline.load_lora_weights(str(family.save_adapter(tensors, tmp_path, {**METADATA, "alpha": str(alpha)})[0]))
-    loaded = {plain_lora_name(n.replace("default_0", "default")): p for n, p in pipeline.transformer.named_parameters()}
+    loaded = {plain_name(n.replace("default_0", "default")): p for n, p in pipeline.transformer.named_parameters()}
     loaded = {name: p.data for name, p in loaded.items() if ".lora_" in name}
     assert loaded.keys() == tensors.keys()  # 0 missing, 0 unexpected
     scale = {m.scaling["default_0"] for m in pipeline.transformer.modules() if hasattr(m, "scaling")}
@@ -131,7 +133,7 @@ FOREIGN = {  # how other programs name the same matrices
 @pytest.mark.parametrize("style", FOREIGN)
 def test_load_adapter_reads_other_names(tmp_path, style):
     family, _, tensors = trained()
-    renamed = {FOREIGN[style](export._official(name), name): tensor for name, tensor in tensors.items()}
+    renamed = {FOREIGN[style](official_name(name), name): tensor for name, tensor in tensors.items()}
     save_file(renamed, tmp_path / "lora.safetensors")
     loaded = family.load_adapter(tmp_path / "lora.safetensors")
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
@@ -146,6 +148,7 @@ def spoilt(tmp_path, change):
 
 
 KEY = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
+ALPHA_OF_Q = {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(4.0)}
 
 
 @pytest.mark.parametrize(
@@ -153,12 +156,27 @@ KEY = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
     [
         (lambda s: s.update({KEY.replace("q.", "k_img."): torch.zeros(4, 48)}), "1 keys belong to no module.*k_img"),
         (lambda s: s.update({KEY.replace("blocks.0", "blocks.30"): torch.zeros(4, 48)}), "belong to no module"),
-        (lambda s: s.update({"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.zeros(4, 48)}), "kohya"),
-        (lambda s: s.update({"diffusion_model.head.head.lora_A.weight": torch.zeros(4, 48)}), "head"),
-        (lambda s: s.pop(KEY), r"blocks\.0\.attn1\.to_q has only one of its two matrices"),
-        (lambda s: s.update({KEY: torch.zeros(4, 64)}), r"\[48, 4\] x \[4, 64\] and should give \[48, 48\]"),
-        (lambda s: s.update({KEY: torch.zeros(3, 48)}), r"\[48, 4\] x \[3, 48\]"),
+        (
+            lambda s: s.update({"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.zeros(4, 48)}),
+            "has its lora_A.* twice",
+        ),
+        (lambda s: s.update({"diffusion_model.head.head.lora_A.weight": torch.zeros(4, 48)}), "outside the blocks"),
+        (
+            lambda s: s.pop(KEY),
+            r"1 modules are not whole, first blocks\.0\.attn1\.to_q has lora_B\.weight, which is no",
+        ),
+        (lambda s: s.update({KEY: torch.zeros(4, 64)}), r"1 modules do not fit.*\[48, 64\] and should give \[48, 48\]"),
+        (lambda s: s.update({KEY: torch.zeros(3, 48)}), r"lora_A\.weight \[3, 48\], lora_B\.weight \[48, 4\]"),
         (lambda s: s.clear(), "holds no LoRA"),
+        (lambda s: s.update({KEY.replace("lora_A.weight", "alpha"): torch.zeros(2)}), r"1 keys belong.*q\.alpha"),
+        (lambda s: [s.pop(KEY), s.pop(KEY.replace("_A", "_B")), s.update(ALPHA_OF_Q)], "to_q has nothing, which is no"),
+        (
+            lambda s: s.update({KEY.replace("lora_A.weight", "diff"): torch.zeros(48, 48)}),
+            "whole differences of weights",
+        ),
+        (lambda s: s.update({KEY.replace("lora_A.weight", "hada_w1_a"): torch.zeros(4, 4)}), "this is a LoHa"),
+        (lambda s: s.update({"lora_te1_text_model_x.lora_up.weight": torch.zeros(4, 4)}), "a text encoder"),
+        (lambda s: s.update({"lora_unet_double_blocks_0_img_attn.lora_up.weight": torch.zeros(4, 4)}), "FLUX"),
     ],
 )
 def test_load_adapter_is_strict(tmp_path, change, message):
@@ -181,11 +199,13 @@ def full_tensors(family):
     return {name: weights.read(name) + 1 for name in sorted(weights.names())}
 
 
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
 @pytest.mark.parametrize("shard_bytes", [export.SHARD_BYTES, 200_000])
-def test_save_full_is_read_by_our_own_loader(tmp_path, shard_bytes):
+def test_save_full_is_read_by_our_own_loader(tmp_path, shard_bytes, layout):
     family = wan_family()
     tensors = full_tensors(family)
-    export.save_full(tensors, tmp_path, family._sizes.official_config("t2v"), METADATA, shard_bytes)
+    config = export.config_of(family._sizes, family._variant, layout)
+    export.save_full(tensors, tmp_path, config, METADATA, shard_bytes, layout)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert files == (
         ["diffusion_pytorch_model.safetensors"]
@@ -199,14 +219,40 @@ def test_save_full_is_read_by_our_own_loader(tmp_path, shard_bytes):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_save_full_has_official_names_and_config(tmp_path):
-    family = wan_family()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_full_has_official_names_and_config(tmp_path, variant):
+    family = wan_variant(variant)
     file = family.save_full(full_tensors(family), tmp_path, METADATA)
-    with safe_open(file, "pt") as saved:
-        assert {"blocks.0.self_attn.q.weight", "head.modulation"} < set(saved.keys())
-        assert saved.metadata() == {"format": "pt", **METADATA}
-    official = json.loads((family._files.transformer_config).read_text())
-    assert json.loads((tmp_path / "config.json").read_text()) == official
+    place = tmp_path / "low_noise_model" if variant.endswith("_low") else tmp_path
+    assert file.parent == place
+    with safe_open(file, "pt") as saved, safe_open(DATA / variant / TRANSFORMER_FILE, "pt") as official:
+        assert set(saved.keys()) == set(official.keys())
+        assert {"format": "pt", **METADATA}.items() <= saved.metadata().items()
+    official = json.loads((DATA / variant / "config.json").read_text())
+    assert json.loads((place / "config.json").read_text()) == official
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shard_bytes", [export.SHARD_BYTES, 200_000])
+def test_diffusers_loads_a_full_save(tmp_path, variant, shard_bytes):
+    """`from_pretrained` of the folder, every tensor in its place: the model is built from our config.json alone."""
+    family = wan_variant(variant)
+    tensors = full_tensors(family)
+    config = export.config_of(family._sizes, family._variant, "diffusers")
+    place = export.model_folder(tmp_path, "diffusers", family.expert_suffix)
+    assert place.name == ("transformer_2" if variant.endswith("_low") else tmp_path.name)
+    export.save_full(tensors, place, config, METADATA, shard_bytes, "diffusers")
+    loaded, told = WanTransformer3DModel.from_pretrained(place, output_loading_info=True)
+    assert not any(told.values()), told
+    state = loaded.state_dict()
+    assert state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in tensors)
+
+
+def test_save_layout_chooses_the_names(tmp_path):
+    family = wan_family(save_layout="diffusers")
+    file = family.save_full(full_tensors(family), tmp_path, METADATA)
+    assert "blocks.0.attn1.to_q.weight" in load_file(file)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "WanTransformer3DModel"
 
 
 def test_dtype_is_kept(tmp_path):

@@ -1,17 +1,14 @@
 import json
 import pickle
 import re
-import shutil
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from models import family_class, flow_match
 from models.base import Draw, MicroBatch, ModelFamily
-from models.wan import variants
 from models.wan.config import WanModelConfig
 from models.wan.family import WanFamily
 from tests.helpers.models import (
@@ -24,6 +21,7 @@ from tests.helpers.models import (
     run_layers,
     shard,
     wan_family,
+    wan_variant,
 )
 
 
@@ -53,6 +51,17 @@ class TestConfig:
             ({"text_max_length": 1024}, "less than or equal to 512"),
             ({"timestep_sample_method": "sigmoid"}, "'logit_normal' or 'uniform'"),
             ({"transformer_type": "wan"}, "Extra inputs are not permitted"),
+            ({"expert": "middle"}, "'high', 'low' or 'both'"),
+            ({"switch_every": 0, "expert": "both"}, "greater than or equal to 1"),
+            ({"switch_every": 10}, "switch_every = 10 is for two experts in turns; set expert = 'both'"),
+            ({"high_noise_share": 0.4, "expert": "low"}, "high_noise_share = 0.4 is for two experts in turns"),
+            ({"high_noise_share": 1.0, "expert": "both"}, "less than 1"),
+            (
+                {"transformer_path": "y", "expert": "both"},
+                "takes two transformers out of ckpt_path, and",
+            ),
+            ({"flux_shift": True, "expert": "both"}, "set high_noise_share, or use a static shift"),
+            ({"i2v_fraction": 1.5}, "less than or equal to 1"),
         ],
     )
     def test_errors(self, settings, message):
@@ -122,17 +131,6 @@ class TestLayouts:
         for key in ("transformer_path", "vae_path", "llm_path"):
             assert f"[model] {key} = '{tmp_path / 'no'}' does not exist" in refusal(**{key: tmp_path / "no"})
 
-    @pytest.mark.parametrize("names", [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")])
-    def test_two_experts_want_a_choice(self, tmp_path, names):
-        folder = copy_checkpoint(tmp_path / "wan")
-        for name in names:
-            (folder / name).mkdir()
-            shutil.copy(WAN_T2V / TRANSFORMER_FILE, folder / name)
-            shutil.copy(WAN_T2V / "config.json", folder / name)
-        message = refusal(folder)
-        assert "two transformers (Wan2.2 A14B)" in message and str(folder / names[1]) in message
-        assert same_weights(wan_family(folder, transformer_path=folder / names[1]))
-
 
 class TestChecks:
     """Found in the constructor, so before anything slow starts."""
@@ -166,67 +164,54 @@ class TestChecks:
         (folder / "config.json").write_text("{")
         assert f"{folder / 'config.json'} is not valid JSON" in refusal(folder)
 
-    def test_image_to_video_is_named(self, tmp_path):
-        tensors = native_tensors()
-        tensors["patch_embedding.weight"] = torch.zeros(48, 36, 1, 2, 2)
-        folder = copy_checkpoint(tmp_path / "wan", {**tensors, "img_emb.proj.0.weight": torch.zeros(1280)})
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "in_dim": 36, "model_type": "i2v"}))
+    @pytest.mark.parametrize(
+        ("mark", "title"), [("vace_blocks.0.norm3.weight", "VACE"), ("audio_injector.0.weight", "S2V")]
+    )
+    def test_what_cannot_be_trained_is_named(self, tmp_path, mark, title):
+        folder = copy_checkpoint(tmp_path / "wan", {**native_tensors(), mark: torch.zeros(48)})
         message = refusal(folder)
-        assert "this is Wan2.1 I2V (custom size, 36 channels in, 16 out), which cannot be trained yet" in message
-        assert "supported: Wan2.1 T2V" in message
-
-
-SMALL = variants.Architecture(1536, 8960, 12, 30, 256, 16, 16, 4096, 1e-6)
-
-
-class TestVariants:
-    @pytest.mark.parametrize(
-        ("channels", "names", "title"),
-        [
-            ((36, 16), ["img_emb.proj.0.weight"], "Wan2.1 I2V"),
-            ((36, 16), ["condition_embedder.image_embedder.norm1.weight"], "Wan2.1 I2V"),
-            ((36, 16), ["img_emb.proj.0.weight", "img_emb.emb_pos"], "Wan2.1 FLF2V"),
-            ((36, 16), ["head.head.weight"], "Wan2.2 I2V-A14B"),
-            ((48, 48), ["head.head.weight"], "Wan2.2 TI2V-5B"),
-            ((48, 16), ["head.head.weight"], "Fun-Control"),
-            ((16, 16), ["vace_blocks.0.norm3.weight"], "VACE"),
-            ((52, 20), ["head.head.weight"], "no known Wan"),
-        ],
-    )
-    def test_what_cannot_be_trained_is_named(self, channels, names, title):
-        sizes = SMALL._replace(in_dim=channels[0], out_dim=channels[1])
-        with pytest.raises(ValueError, match=title):
-            variants.detect(sizes, names)
-
-    @pytest.mark.parametrize(
-        ("sizes", "title", "parameters"),
-        [
-            (SMALL, "1.3B", 1_418_996_800),
-            (SMALL._replace(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), "14B", 14_288_491_584),
-        ],
-    )
-    def test_released_sizes_from_shapes_alone(self, sizes, title, parameters):
-        with torch.device("meta"):
-            model = WanTransformer3DModel(**sizes.diffusers_arguments())
-        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-        assert variants.architecture({}, shapes) == sizes
-        assert variants.size_name(sizes) == title
-        assert variants.detect(sizes, shapes).title == "Wan2.1 T2V"
-
-    def test_heads_that_nothing_tells(self):
-        told = {key: value for key, value in SMALL._replace(dim=48)._asdict().items() if key != "num_heads"}
-        with pytest.raises(ValueError, match=r"tell num_heads; put the config\.json beside"):
-            variants.architecture(told, {})
+        assert f"this is {title} (custom size, 16 channels in, 16 out), which cannot be trained yet" in message
+        assert "supported: Wan2.1 FLF2V, Wan2.1 I2V, Wan2.2 I2V-A14B, Wan2.2 TI2V-5B, Wan2.1 T2V" in message
 
 
 class TestFamily:
-    def test_facts(self):
-        family = wan_family()
-        assert family.title == "Wan2.1 T2V custom size"
-        assert family.media_spec() == (16, 16, 4, True)
-        assert [encoder.kind for encoder in family.encoders()] == ["latents", "text"]
+    @pytest.mark.parametrize(
+        ("name", "title", "spec", "kinds", "tokens"),
+        [
+            ("wan_t2v", "Wan2.1 T2V custom size", (16, 16, 4, True), ["latents", "text"], 32760),
+            (
+                "wan_i2v",
+                "Wan2.1 I2V custom size",
+                (16, 16, 4, False),
+                ["latents", "condition", "image", "text"],
+                32760,
+            ),
+            (
+                "wan_flf2v",
+                "Wan2.1 FLF2V custom size",
+                (16, 16, 4, False),
+                ["latents", "condition", "image", "text"],
+                32760,
+            ),
+            ("wan22_t2v_low", "Wan2.2 T2V-A14B low noise custom size", (16, 16, 4, True), ["latents", "text"], 32760),
+            (
+                "wan22_i2v_low",
+                "Wan2.2 I2V-A14B low noise custom size",
+                (16, 16, 4, False),
+                ["latents", "condition", "text"],
+                32760,
+            ),
+            ("wan22_ti2v", "Wan2.2 TI2V-5B custom size", (24, 32, 4, True), ["latents", "text"], 8190),
+        ],
+    )
+    def test_facts(self, name, title, spec, kinds, tokens):
+        family = wan_variant(name)
+        assert family.title == title and family.media_spec() == spec
+        encoders = family.encoders()
+        assert [encoder.kind for encoder in encoders] == kinds
+        assert {encoder.both_ends for encoder in encoders[1:-1]} <= {name == "wan_flf2v"}
+        assert encoders[0].version == ("2.2" if name == "wan22_ti2v" else "2.1")
+        assert family.tokens(832, 480, 81) == tokens  # of the 5B, 21 * 15 * 26
 
     def test_it_pickles(self):
         family = pickle.loads(pickle.dumps(wan_family()))

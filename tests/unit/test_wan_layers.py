@@ -10,39 +10,105 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from models.adapter_layers import AdapterShape, add_adapter
+from models.adapters import is_adapter
 from models.casting import CastLinear, CastRMSNorm
-from models.lora import add_lora, is_lora
 from models.wan.layers import BlockLayer, RotaryTables, timestep_sinusoid
-from tests.helpers.models import materialise, random_inputs, run_layers, wan_family
+from tests.helpers.models import VARIANTS, materialise, random_inputs, run_layers, wan_family, wan_variant
 
 
-def built(adapter=False, **settings):
-    family = wan_family(**settings)
+def built(adapter=False, name="wan_t2v", **settings):
+    family = wan_variant(name, **settings)
     skeleton = family.build_skeleton()
     if adapter:
-        add_lora(skeleton, family.lora_targets(skeleton), rank=4, alpha=4, dropout=0.0)
+        add_adapter(skeleton, family.lora_targets(skeleton), "lora", AdapterShape(4, 4))
     return family, materialise(skeleton, family)
 
 
-def row_and_skeleton(settings, inputs):
-    """What the layers give, and what diffusers' own forward gives on the same weights."""
-    family, skeleton = built(**settings)
-    x_t, t, text = inputs
-    ours = run_layers(family.pipeline_layers(skeleton), inputs, family.compute_dtype)
-    return ours, skeleton(x_t, t * 1000, text, return_dict=False)[0]
+def diffusers_forward(skeleton, x_t, t, text, *image):
+    """diffusers' own forward on the same weights: t is one a sample or one a token, image states are one a frame."""
+    tokens = x_t[0, 0, 0].numel() // 4
+    t = t.repeat_interleave(tokens, dim=1) if t.ndim == 2 else t
+    states = image[0].reshape(-1, 257, 1280) if image else None
+    return skeleton(x_t, t * 1000, text, states, return_dict=False)[0]
+
+
+def gradients_of(output, skeleton):
+    skeleton.zero_grad()
+    output.square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in skeleton.named_parameters()}
 
 
 @pytest.mark.parametrize("grid", [(1, 4, 6), (3, 8, 4)])
-def test_layers_in_a_row_are_diffusers_forward(grid):
-    ours, theirs = row_and_skeleton({}, random_inputs(grid=grid))
-    assert ours.shape == theirs.shape == (2, 16, *grid)
+@pytest.mark.parametrize(("name", "t_a_frame"), [*((name, False) for name in VARIANTS), ("wan22_ti2v", True)])
+def test_layers_in_a_row_are_diffusers_forward(name, t_a_frame, grid):
+    family, skeleton = built(name=name)
+    inputs = random_inputs(grid=grid, name=name, t_a_frame=t_a_frame)
+    ours = run_layers(family.pipeline_layers(skeleton), inputs, torch.float32)
+    theirs = diffusers_forward(skeleton, *inputs)
+    assert ours.shape == theirs.shape == (2, 48 if name == "wan22_ti2v" else 16, *grid)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    found, expected = gradients_of(ours, skeleton), gradients_of(theirs, skeleton)
+    for key, gradient in expected.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
 
 
-def test_each_layer_needs_only_the_boundary():
+class TestBlock:
+    """Against `WanTransformerBlock.forward`, whose arithmetic the layer spells out anew."""
+
+    def run(self, dtype, t_a_frame, theirs):
+        """Output, and gradients of the inputs and of the block's parameters."""
+        family, skeleton = built(name="wan_i2v", dtype=dtype)
+        embed, layer = family.pipeline_layers(skeleton)[:2]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            boundary = embed(random_inputs(name="wan_i2v", t_a_frame=t_a_frame))
+            x, text, time6, time = (tensor.detach().requires_grad_() for tensor in boundary)
+            if theirs:
+                tokens = x[0, 0, ..., 0].numel()
+                widened = time6.repeat_interleave(tokens, dim=1) if t_a_frame else time6.squeeze(1)
+                output = layer.block(x.flatten(1, 3), text, widened, layer._rotary(x)).view_as(x)
+            else:
+                output = layer((x, text, time6, time))[0]
+        output.float().square().mean().backward()
+        return [output, x.grad, text.grad, time6.grad, *(parameter.grad for parameter in layer.block.parameters())]
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("t_a_frame", [False, True])
+    def test_output_and_gradients(self, dtype, t_a_frame):
+        ours, theirs = (self.run(dtype, t_a_frame, side) for side in (False, True))
+        assert torch.equal(ours[0], theirs[0])
+        for mine, other in zip(ours[1:], theirs[1:], strict=True):
+            if t_a_frame:  # sums over the tokens of a frame come in another order
+                torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+            else:
+                assert torch.equal(mine, other)
+
+    def test_modulation_is_never_one_a_token(self):
+        """What is kept for the backward pass may grow by some time6, not by six numbers a token and channel."""
+        kept = []
+        for t_a_frame in (False, True):
+            family, skeleton = built(name="wan22_ti2v")
+            embed, layer = family.pipeline_layers(skeleton)[:2]
+            boundary = embed(random_inputs(grid=(3, 16, 16), name="wan22_ti2v", t_a_frame=t_a_frame))
+            sizes = {}
+
+            def keep(tensor, sizes=sizes):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                layer(boundary)
+            kept.append(list(sizes.values()))
+        one_a_token = 2 * 3 * 64 * 6 * 48 * 4
+        assert max(kept[0] + kept[1]) < one_a_token
+        assert sum(kept[1]) - sum(kept[0]) < one_a_token / 10
+
+
+@pytest.mark.parametrize("name", ["wan_t2v", "wan_flf2v", "wan22_ti2v"])
+def test_each_layer_needs_only_the_boundary(name):
     """Every layer is built anew and fed what came over a wire."""
-    family, skeleton = built()
-    inputs = random_inputs()
+    family, skeleton = built(name=name)
+    inputs = random_inputs(name=name, t_a_frame=name == "wan22_ti2v")
     expected = run_layers(family.pipeline_layers(skeleton), inputs, torch.float32)
     passed = inputs
     for index in range(len(family.pipeline_layers(skeleton))):
@@ -53,13 +119,15 @@ def test_each_layer_needs_only_the_boundary():
     assert torch.equal(passed, expected.detach())
 
 
+@pytest.mark.parametrize("name", ["wan_t2v", "wan_flf2v"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_low_precision_boundary(dtype):
-    family, skeleton = built(dtype=dtype)
+def test_low_precision_boundary(dtype, name):
+    family, skeleton = built(name=name, dtype=dtype)
     layers = family.pipeline_layers(skeleton)
-    exact_family, exact = built()
-    embedded = exact_family.pipeline_layers(exact)[0](random_inputs())
-    passed = random_inputs()
+    exact_family, exact = built(name=name)
+    inputs = random_inputs(name=name)
+    embedded = exact_family.pipeline_layers(exact)[0](inputs)
+    passed = inputs
     with torch.autocast("cpu", family.compute_dtype), warnings.catch_warnings():
         warnings.simplefilter("error")  # torch warns where a norm cannot use its fused kernel
         for layer in layers[:-1]:
@@ -69,8 +137,23 @@ def test_low_precision_boundary(dtype):
             assert torch.equal(passed[2], embedded[2]) and torch.equal(passed[3], embedded[3])  # time loses nothing
         prediction = layers[-1](passed)
     assert prediction.dtype == torch.float32
-    exact_prediction = run_layers(exact_family.pipeline_layers(exact), random_inputs(), torch.float32)
+    exact_prediction = run_layers(exact_family.pipeline_layers(exact), inputs, torch.float32)
     assert (prediction - exact_prediction).norm() / exact_prediction.norm() < 0.02
+
+
+def test_image_states_are_normed_in_float32_however_they_are_kept():
+    family, skeleton = built(name="wan_i2v")
+    *inputs, image = random_inputs(name="wan_i2v")
+    low = image.bfloat16()
+    embed = family.pipeline_layers(skeleton)[0]
+    assert torch.equal(embed((*inputs, low))[1], embed((*inputs, low.float()))[1])
+    low_family = wan_variant("wan_flf2v", dtype="bfloat16")
+    embedder = low_family.build_skeleton().condition_embedder.image_embedder
+    kinds = {name: parameter.dtype for name, parameter in embedder.named_parameters()}
+    assert {name for name, kind in kinds.items() if kind == torch.float32} == {
+        "pos_embed",
+        *(f"norm{number}.{part}" for number in (1, 2) for part in ("weight", "bias")),
+    }
 
 
 def test_sinusoid_is_exact_at_high_timesteps():
@@ -187,7 +270,7 @@ class TestFloat8:
             prediction = run_layers(family.pipeline_layers(skeleton), random_inputs(), torch.bfloat16)
             prediction.square().mean().backward()
             grads = {name: p.grad for name, p in skeleton.named_parameters() if p.grad is not None}
-            assert grads.keys() == {name for name, _ in skeleton.named_parameters() if is_lora(name)}
+            assert grads.keys() == {name for name, _ in skeleton.named_parameters() if is_adapter(name)}
             gradients[storage] = torch.cat([gradient.flatten() for gradient in grads.values()])
         similarity = torch.cosine_similarity(gradients["float8"], gradients[None], dim=0)
         assert similarity > 0.95
@@ -234,3 +317,18 @@ def test_captions_of_any_length_share_one_compiled_block():
         for block in blocks:
             passed = block(passed)
     assert counter.frame_count == 1
+
+
+def test_a_t_for_each_frame_is_a_second_version_of_the_compiled_block():
+    family, skeleton = built(name="wan22_ti2v")
+    counter, found = CompileCounter(), {}
+    for compiled in (False, True):
+        layers = family.pipeline_layers(skeleton)
+        for layer in layers[1:-1] if compiled else []:
+            layer.compile(backend=counter, dynamic=False)
+        for t_a_frame in (False, True, False):
+            inputs = random_inputs(name="wan22_ti2v", t_a_frame=t_a_frame)
+            found[compiled, t_a_frame] = run_layers(layers, inputs, torch.float32)
+    assert counter.frame_count == 2
+    for t_a_frame in (False, True):
+        torch.testing.assert_close(found[True, t_a_frame], found[False, t_a_frame])

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.wan.encoder_keymaps import TEXT
-from models.wan.text import WanTextEncoder, clean_caption, open_tokenizer
+from models.wan.text import WanTextEncoder, clean_caption
+from models.wan.tokenizer import open_tokenizer
+from tests.helpers.quantised import FORMS, write_scaled
 
 DATA = Path(__file__).parents[1] / "data" / "wan_t2v"
 PTH = DATA / "models_t5_umt5-xxl-enc-bf16.pth"
@@ -122,6 +124,69 @@ def test_every_layout_gives_the_same_states(tmp_path, encoder, official):
             assert torch.equal(one["text"], expected["text"]), path
 
 
+def spiece_tensor():
+    return {"spiece_model": torch.tensor(list((TOKENIZER / "spiece.model").read_bytes()), dtype=torch.uint8)}
+
+
+def test_shards_of_a_transformers_folder(tmp_path, encoder, official):
+    weights = list(transformers_weights(official).items())
+    files = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
+    for number, file in enumerate(files):
+        save_file(dict(weights[number::3]), tmp_path / file)
+    index = {name: files[number % 3] for number, (name, _) in enumerate(weights)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    sharded = WanTextEncoder(tmp_path, TOKENIZER, torch.float32)
+    sharded.load(CPU)
+    assert torch.equal(sharded.encode(CAPTIONS[:1])[0]["text"], encoder.encode(CAPTIONS[:1])[0]["text"])
+    (tmp_path / files[1]).unlink()
+    with pytest.raises(ValueError, match=r"shard 2 of 3 absent or truncated \(model-00002-of-00003"):
+        sharded.check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("names", ["transformers", "official"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_scaled_float8_is_expanded(tmp_path, official, form, names, dtype):
+    """ComfyUI's files have the Linears in float8; embeddings and norms in 16 bits."""
+    weights = official if names == "official" else transformers_weights(official)
+    file, plain = tmp_path / "umt5_scaled.safetensors", tmp_path / "umt5.safetensors"
+    expanded = write_scaled(
+        file, weights, form, dtype=dtype, chosen=lambda name, tensor: tensor.ndim == 2 and "embedding" not in name
+    )
+    assert any(not torch.equal(expanded[name], tensor) for name, tensor in weights.items())
+    save_file(expanded, plain)
+    states = []
+    for path in (file, plain):
+        encoder = WanTextEncoder(path, TOKENIZER, torch.float32)
+        encoder.check()
+        encoder.load(CPU)
+        states.append(encoder.encode(CAPTIONS[:1])[0]["text"])
+    assert torch.equal(*states)
+
+
+def test_the_tokenizer_that_a_file_carries(tmp_path, encoder, official):
+    weights = transformers_weights(official)
+    save_file(weights | spiece_tensor(), tmp_path / "umt5_xxl.safetensors")
+    carried = WanTextEncoder(tmp_path / "umt5_xxl.safetensors", None, torch.float32)
+    carried.check()
+    carried.load(CPU)
+    for one, expected in zip(carried.encode([*CAPTIONS, ""]), encoder.encode([*CAPTIONS, ""]), strict=True):
+        assert torch.equal(one["text"], expected["text"])
+    # what decides the tokens is among the files whose content makes the cache's key
+    assert carried.fingerprint()["files"] == [str(tmp_path / "umt5_xxl.safetensors")]
+
+    (tmp_path / "spiece.model").write_bytes((TOKENIZER / "spiece.model").read_bytes())
+    beside = WanTextEncoder(PTH, tmp_path, torch.float32)
+    assert beside.fingerprint()["files"] == [str(PTH), str(tmp_path / "spiece.model")]
+
+    save_file(weights, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=r"bare\.safetensors carries no tokenizer; set tokenizer_path"):
+        WanTextEncoder(tmp_path / "bare.safetensors", None, torch.float32).check()
+    save_file(weights | {"spiece_model": torch.zeros(9).byte()}, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"bad\.safetensors: not readable as a sentencepiece model"):
+        WanTextEncoder(tmp_path / "bad.safetensors", None, torch.float32).check()
+
+
 def test_fingerprint_is_json_and_names_the_files(encoder):
     fingerprint = encoder.fingerprint()
     assert json.loads(json.dumps(fingerprint)) == fingerprint
@@ -157,7 +222,7 @@ def test_a_foreign_file_is_refused(tmp_path):
 
 
 def test_tokenizer_faults_are_named(tmp_path, official):
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json and no spiece\.model"):
         WanTextEncoder(PTH, tmp_path, torch.float32).check()
 
     (tmp_path / "tokenizer.json").write_text("{}")

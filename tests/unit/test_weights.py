@@ -115,16 +115,26 @@ def test_all_faults_in_one_message(tmp_path):
     assert str(tmp_path / "model.safetensors") in message
 
 
-@pytest.mark.parametrize(
-    ("extra", "hint"),
-    [
-        ("blocks.0.linear.lora_A.weight", "this looks like a LoRA"),
-        ("layer.0.scale_weight", "ComfyUI fp8_scaled"),
-        ("layer.0.comfy_quant", "ComfyUI quantised"),
-    ],
-)
-def test_hint_guesses_what_the_file_is(tmp_path, extra, hint):
-    assert hint in check_message(tmp_path, {**TENSORS, extra: torch.zeros(1)})
+def test_the_hint_is_what_the_caller_makes_of_names_and_metadata(tmp_path):
+    def identify(shapes, metadata):
+        return f"this looks like {metadata['kind']} of {shapes['model.diffusion_model.a.weight']}"
+
+    file = tmp_path / "model.safetensors"
+    save_file({"model.diffusion_model.a.weight": torch.zeros(4, 1)}, file, {"kind": "a stone"})
+    with pytest.raises(ValueError, match=r"Hint: this looks like a stone of \(4, 1\)\.$"):
+        WeightReader([file], NAMES, identify=identify).check(EXPECTED)
+    with pytest.raises(ValueError, match=r"Hint: the config\.json beside the files"):
+        WeightReader([file], NAMES, identify=lambda shapes, metadata: None).check(EXPECTED)
+
+
+def test_dtypes_are_those_that_read_gives(tmp_path):
+    tensors = {"layer.0.weight": torch.zeros(2, 3).bfloat16(), "x": torch.zeros(2, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    torch.save(tensors, tmp_path / "model.pth")
+    for name in ("model.safetensors", "model.pth"):
+        weights = WeightReader([tmp_path / name], NAMES)
+        assert weights.dtypes() == {"blocks.0.linear.weight": torch.bfloat16, "x": torch.uint8}
+        assert {name: weights.read(name).dtype for name in weights.names()} == weights.dtypes()
 
 
 def test_hint_for_a_part_of_a_model(tmp_path):
@@ -153,7 +163,7 @@ def test_a_damaged_index_is_named(tmp_path):
 
 
 def test_text_with_a_safetensors_name(tmp_path):
-    (tmp_path / "x.safetensors").write_text("<html>404 not found</html>")
+    (tmp_path / "x.safetensors").write_text("404: the file is not there any more")
     with pytest.raises(ValueError, match="no safetensors file"):
         read_header(tmp_path / "x.safetensors")
 

@@ -85,6 +85,11 @@ def _is_aspect_ratio(value: Any) -> bool:
     return (_is_number(value) and 0 < value < float("inf")) or _int_row(value, 2)
 
 
+def _is_path_or_paths(value: Any) -> bool:
+    given = list(value.values()) if isinstance(value, dict) else [value]
+    return bool(given) and all(isinstance(path, (str, Path)) and Path(path) != Path() for path in given)
+
+
 # TOML has arrays and strings only, so a tuple and a path are taken from them; what is in them stays strict.
 Lax = Strict(False)
 UserPath = Annotated[Path, Lax, AfterValidator(_expand)]
@@ -94,6 +99,13 @@ Count = Annotated[int, Field(ge=1)]
 Cadence = Annotated[int, Field(ge=1)] | None
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 
+ExpertPaths = Annotated[
+    UserPath | dict[str, UserPath],
+    checked(
+        _is_path_or_paths,
+        "is not a path; write one path, or one for each expert: {high_noise = '...', low_noise = '...'}",
+    ),
+]
 BatchSize = Annotated[
     int | Annotated[tuple[Pair, ...], Lax],
     checked(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
 from utils.config.load import LoadedConfig
 from utils.config.messages import dotted, shown
-from utils.config.schema import OptimizerConfig, RunConfig
+from utils.config.schema import AdapterConfig, OptimizerConfig, RunConfig
 from utils.config.source import ConfigError, Location, Source
 
 if TYPE_CHECKING:  # at run time models would bring torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # at run time models would bring torch
 EVAL_CADENCES = ("eval_every_n_epochs", "eval_every_n_steps", "eval_every_n_examples")
 SAVE_CADENCES = ("save_every_n_epochs", "save_every_n_steps", "save_every_n_examples")
 CHECKPOINT_CADENCES = ("checkpoint_every_n_epochs", "checkpoint_every_n_minutes")
+ADAPTER_KEYS = {"dropout": ("lora", "dora"), "factor": ("lokr",), "decompose_both": ("lokr",)}  # key -> its types
 MANY_RESOLUTIONS = 3  # more than this is mostly a misunderstanding: each one repeats the whole dataset
 
 Finding = tuple[Location, str]  # where in the file, what is wrong
@@ -28,7 +29,7 @@ def require(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" = No
     """Every check of this file. Returns what is worth saying; raises `ConfigError` with all that is wrong."""
     if errors := check_rules(loaded, world_size, spec) + check_paths(loaded):
         raise ConfigError(errors)
-    return loaded.notices + advice(loaded)
+    return loaded.notices + advice(loaded, spec)
 
 
 def check_rules(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" = None) -> list[str]:
@@ -40,21 +41,22 @@ def check_rules(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" 
     """
     run = loaded.run
     errors = _placed(loaded, "run", [*_stages(run, world_size), *_partition(run), *_saving(run), *_evaluation(run)])
-    errors += _placed(loaded, "run", _storage(loaded))
+    errors += _placed(loaded, "run", list(_adapter(run)))
+    errors += _placed(loaded, "run", [*_storage(loaded), *_experts(loaded)])
     for name, dataset in _datasets(loaded).items():
         errors += _placed(loaded, name, _dataset(dataset, loaded.sources.get(name), spec))
     return list(dict.fromkeys(errors))
 
 
-def advice(loaded: LoadedConfig) -> list[str]:
-    """What works and is probably not meant, one message each."""
+def advice(loaded: LoadedConfig, spec: "MediaSpec | None" = None) -> list[str]:
+    """What works and is probably not meant, one message each; `spec` as for `check_rules`."""
     said = _placed(
         loaded, "run", [*_eval_advice(loaded.run), *_checkpoint_advice(loaded.run), *_rate_advice(loaded.run)]
     )
     said += _placed(loaded, "run", [*_bubble(loaded.run), *_optimizer_advice(loaded.run.optimizer)])
     said += _placed(loaded, "run", list(_precision_advice(loaded)))
     for name, dataset in _datasets(loaded).items():
-        said += _placed(loaded, name, _dataset_advice(dataset, loaded.sources.get(name)))
+        said += _placed(loaded, name, _dataset_advice(dataset, loaded.sources.get(name), spec))
     return list(dict.fromkeys(said))
 
 
@@ -64,8 +66,7 @@ def check_paths(loaded: LoadedConfig) -> list[str]:
     outputs = {"output_dir": run.output_dir, "cache_dir": run.cache_dir}
     found = [_is_file((key,), folder) for key, folder in outputs.items() if folder.is_file()]
     found += [_read_only((key,), folder) for key, folder in outputs.items() if not _can_write(folder)]
-    if run.adapter and (path := run.adapter.init_from_existing) and not path.exists():
-        found.append(_absent(("adapter", "init_from_existing"), path))
+    found += [_absent(at, path) for at, path in _adapter_paths(run) if not path.exists()]
     for key in type(loaded.model).model_fields:
         value = getattr(loaded.model, key)
         if isinstance(value, Path) and not value.exists():
@@ -77,6 +78,17 @@ def check_paths(loaded: LoadedConfig) -> list[str]:
         found += [_is_file(at, path) for at, path in folders if path.is_file()]
         messages += _placed(loaded, name, found)
     return list(dict.fromkeys(messages))
+
+
+def _adapter_paths(run: RunConfig) -> Iterator[tuple[Location, Path]]:
+    start: Location = ("adapter", "init_from_existing")
+    given = run.adapter.init_from_existing if run.adapter else None
+    if isinstance(given, dict):
+        yield from (((*start, name), path) for name, path in given.items())
+    elif given:
+        yield start, given
+    place: Location = ("fuse_adapters",) if run.fuse_adapters else ("adapter", "fuse_adapters")
+    yield from (((*place, index, "path"), entry.path) for index, entry in enumerate(run.fused))
 
 
 def _is_file(location: Location, path: Path) -> Finding:
@@ -139,6 +151,21 @@ def _partition(run: RunConfig) -> Iterator[Finding]:
         yield where, f"partition_split = {shown(split)} does not fit; give {wanted}"
 
 
+def _adapter(run: RunConfig) -> Iterator[Finding]:
+    """Keys of `[adapter]` that its type has no use for, and two lists of what is to be merged."""
+    adapter = run.adapter
+    if adapter is None:
+        return
+    for key, types in ADAPTER_KEYS.items():
+        value = getattr(adapter, key)
+        if adapter.type not in types and value != AdapterConfig.model_fields[key].default:
+            text = f"adapter.{key} = {shown(value)} is for type = {' or '.join(map(repr, types))}"
+            yield ("adapter", key), f"{text}, and type is '{adapter.type}'; remove it"
+    if run.fuse_adapters and adapter.fuse_adapters:
+        text = "adapter.fuse_adapters and fuse_adapters at the top are one key; put all entries into one of them"
+        yield ("adapter", "fuse_adapters"), text
+
+
 def _saving(run: RunConfig) -> Iterator[Finding]:
     if not _set(run, SAVE_CADENCES):
         yield (), f"nothing would be saved before the end of training; set {' or '.join(SAVE_CADENCES)}"
@@ -164,6 +191,12 @@ def _storage(loaded: LoadedConfig) -> Iterator[Finding]:
     if loaded.run.adapter is None and isinstance(stored, str) and stored.startswith("float8"):
         text = f"model.transformer_dtype = '{stored}' is for frozen weights, and without [adapter] none are frozen"
         yield ("model", "transformer_dtype"), f"{text}; remove it or add [adapter]"
+
+
+def _experts(loaded: LoadedConfig) -> Iterator[Finding]:
+    if loaded.run.adapter is None and getattr(loaded.model, "expert", None) == "both":
+        text = "model.expert = 'both' is for [adapter]: of two models trained whole, neither could wait in host memory"
+        yield ("model", "expert"), f"{text}; add [adapter], or train expert = 'high' and then expert = 'low'"
 
 
 def _owner(source: Source | None, index: int, key: str) -> Location:
@@ -192,6 +225,10 @@ def _shape(folder: DirectoryConfig) -> Iterator[tuple[str, str]]:
 def _fit(folder: DirectoryConfig, spec: "MediaSpec") -> Iterator[tuple[str, str]]:
     """Problems of one folder with what the family asks for."""
     multiple, stride = spec.pixel_multiple, spec.frame_stride
+    lengths = [bucket[2] for bucket in folder.size_buckets] or folder.frame_buckets
+    if not spec.images and max(lengths) == 1:
+        text = f"has no length for videos, and this model trains on clips of at least {stride + 1} frames"
+        yield "size_buckets" if folder.size_buckets else "frame_buckets", f" {text}; add one such as {8 * stride + 1}"
     if folder.size_buckets:
         for bucket in folder.size_buckets:
             head = f" has {list(bucket)}:"
@@ -280,13 +317,18 @@ def _precision_advice(loaded: LoadedConfig) -> Iterator[Finding]:
         )
 
 
-def _dataset_advice(dataset: DatasetConfig, source: Source | None) -> list[Finding]:
+def _dataset_advice(dataset: DatasetConfig, source: Source | None, spec: "MediaSpec | None") -> list[Finding]:
     found: list[Finding] = []
     for index, folder in enumerate(dataset.directory):
-        for key, text in _folder_advice(folder):
+        for key, text in [*_folder_advice(folder), *(_image_advice(folder, spec) if spec else ())]:
             place = _owner(source, index, key)
             found.append((place, f"{dotted(place)}{text}"))
     return found
+
+
+def _image_advice(folder: DirectoryConfig, spec: "MediaSpec") -> Iterator[tuple[str, str]]:
+    if not spec.images and any(bucket[2] == 1 for bucket in folder.size_buckets):
+        yield "size_buckets", " has 1 frame, for images, and this model skips them: it trains on videos"
 
 
 def _folder_advice(folder: DirectoryConfig) -> Iterator[tuple[str, str]]:

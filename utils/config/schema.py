@@ -2,11 +2,22 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, model_validator
 
-from utils.config.fields import BatchSize, Cadence, Count, FloatDtype, Lax, Table, UserPath, checked, not_yet
+from utils.config.fields import (
+    BatchSize,
+    Cadence,
+    Count,
+    ExpertPaths,
+    FloatDtype,
+    Lax,
+    Table,
+    UserPath,
+    checked,
+    not_yet,
+)
 
 COMMAND_LINE = "remove it and give --{0} on the command line"
 
@@ -46,31 +57,67 @@ class EvalDataset(Table):
         return {"name": Path(value).stem, "config": value} if isinstance(value, str) else value
 
 
+def _formats(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    known = isinstance(names, (list, tuple)) and all(name in get_args(SaveFormat) for name in names)
+    if not known or not names or len(set(names)) < len(names):
+        raise ValueError("is not known; use 'comfyui', 'diffusers', 'kohya', or a list of them, each once")
+    return tuple(names)
+
+
+SaveFormat = Literal["comfyui", "diffusers", "kohya"]
+
+
+class FusedAdapter(Table):
+    """One entry of `fuse_adapters`."""
+
+    path: UserPath
+    """A saved adapter (file or folder), of any type and format."""
+    weight: float = 1.0
+    """What it counts. 1 merges it as it was trained; below 0 takes it away."""
+    expert: str = ""
+    """Whose weights it is merged into, `high_noise` or `low_noise`. Only where both experts are trained."""
+
+
 class AdapterConfig(Table):
     """`[adapter]`: what is trained on top of the frozen model. Without this table the whole model is trained."""
 
     type: Annotated[
         str,
         checked(
-            lambda value: value == "lora",
-            "is not supported yet; use type = 'lora', or remove [adapter] to train all weights",
+            lambda value: value in ("lora", "dora", "lokr"),
+            "is not known; use 'lora', 'dora' or 'lokr', or remove [adapter] to train all weights",
         ),
     ]
-    """`lora`."""
+    """`lora`, `dora` (a LoRA whose length of each row is trained apart) or `lokr` (a Kronecker product)."""
     rank: Count
-    """Inner width of the two LoRA matrices."""
+    """Inner width of the adapter's matrices.
+
+    The second matrix of a LoKr is whole, and has no inner width, where rank is half its longer side or more."""
     alpha: Annotated[float, Field(gt=0)] = None  # type: ignore[assignment]  # filled from rank below
-    """The LoRA is scaled by alpha / rank. Default: rank, which is a scale of 1."""
+    """The adapter is scaled by alpha / rank. Default: rank, which is a scale of 1."""
     dropout: Fraction = 0.0
-    """Share of a LoRA's inputs zeroed while training."""
+    """Share of the adapter's inputs zeroed while training; `lora` and `dora` only."""
+    factor: Annotated[
+        int,
+        checked(
+            lambda value: value == -1 or (type(value) is int and value >= 1),
+            "is not a factor; use a whole number of 1 or more, or -1 for the most even cut",
+        ),
+    ] = -1
+    """Side of the first matrix of a LoKr, at most; -1 makes both matrices as equal as can be. `lokr` only."""
+    decompose_both: bool = False
+    """Give the first matrix of a LoKr a rank too, where it is large enough. `lokr` only."""
     dtype: FloatDtype = "float32"
-    """What the LoRA's weights are kept and trained in."""
+    """What the adapter's weights are kept and trained in."""
     exclude_modules: Annotated[tuple[str, ...], Lax] = ()
-    """Modules left without a LoRA: a part of their names, or a regular expression."""
-    init_from_existing: UserPath | None = None
-    """A saved LoRA (file or folder) to start from."""
-    fuse_adapters: Annotated[tuple[Any, ...], Lax, not_yet(())] = ()
-    """diffusion-pipe: LoRAs merged into the model first. Not supported yet."""
+    """Modules left without an adapter: a part of their names, or a regular expression."""
+    init_from_existing: ExpertPaths | None = None
+    """A saved adapter (file or folder) to start from; where two experts are trained, a table with one for each."""
+    save_format: Annotated[tuple[SaveFormat, ...], BeforeValidator(_formats)] = ("comfyui",)
+    """What it is saved for: `comfyui`, `diffusers`, `kohya`, or a list of them."""
+    fuse_adapters: Annotated[tuple[FusedAdapter, ...], Lax] = ()
+    """The same as fuse_adapters at the top of the file, where diffusion-pipe has it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -243,6 +290,9 @@ class RunConfig(Table):
     regenerate_cache: Annotated[Any, not_yet(False, COMMAND_LINE.format("regenerate_cache"))] = False
     """A flag of the command line."""
 
+    fuse_adapters: Annotated[tuple[FusedAdapter, ...], Lax] = ()
+    """Adapters merged into the model before training: `[{path = '...', weight = 1.0}]`, in this order."""
+
     adapter: AdapterConfig | None = None
     optimizer: OptimizerConfig
     monitoring: MonitoringConfig = MonitoringConfig()
@@ -253,6 +303,11 @@ class RunConfig(Table):
         if isinstance(value, dict) and "cache_dir" not in value and isinstance(value.get("output_dir"), str):
             return {**value, "cache_dir": str(Path(value["output_dir"]) / "cache")}
         return value
+
+    @property
+    def fused(self) -> tuple[FusedAdapter, ...]:
+        """`fuse_adapters`, from whichever of its two places."""
+        return self.fuse_adapters or (self.adapter.fuse_adapters if self.adapter else ())
 
     def micro_batch_size(self, width: int, height: int, frames: int, *, evaluating: bool = False) -> int:
         """Samples in one forward pass of a bucket of `width` x `height` px and `frames` frames.

@@ -64,7 +64,8 @@ class BucketTable:
     def assign(self, media: MediaFile) -> list[Bucket] | str:
         """One bucket per resolution, or why there is none, without the file's name."""
         if not media.is_video and not self.spec.images:
-            return f"images are refused: this model needs at least {self.spec.frame_stride + 1} frames"
+            least = f"this model trains on clips of at least {self.spec.frame_stride + 1} frames"
+            return f"is an image, and {least}; images are skipped, give it videos or choose a model that takes images"
         length = self.resampled(media)
         wanted = [frames for frames in self.frame_lengths() if (frames > 1) == media.is_video]
         if not wanted:
@@ -94,11 +95,13 @@ def bucket_table(settings: BucketSettings, spec: MediaSpec) -> BucketTable:
         fixed = tuple(Bucket(*bucket) for bucket in settings.size_buckets)
         for bucket in fixed:
             _require_fit("size_buckets", bucket, spec)
+        _require_trainable("size_buckets", [bucket.frames for bucket in fixed], spec)
         return BucketTable(spec, (), (), fixed)
     # diffusion-pipe always has a one-frame bucket, so that images need no setting.
     frames = tuple(sorted({*(settings.frame_buckets or ()), 1}))
     for count in frames:
         _require_frames("frame_buckets", count, spec)
+    _require_trainable("frame_buckets", frames, spec)
     return BucketTable(spec, _areas(settings, spec.pixel_multiple), frames, ())
 
 
@@ -155,6 +158,12 @@ def _require_frames(key: str, frames: int, spec: MediaSpec) -> None:
     if frames < 1 or (frames - 1) % stride:
         below = max(0, frames - 1) // stride * stride + 1
         raise ValueError(f"{key}: {frames} frames are not {stride}n+1; use {below} or {below + stride}")
+
+
+def _require_trainable(key: str, lengths: Sequence[int], spec: MediaSpec) -> None:
+    if not spec.images and max(lengths) == 1:
+        least, mend = spec.frame_stride + 1, f"add a length such as {8 * spec.frame_stride + 1}"
+        raise ValueError(f"{key}: all are of 1 frame, and this model trains on clips of at least {least}; {mend}")
 
 
 def _no_bucket(media: MediaFile) -> str:

@@ -1,5 +1,6 @@
 """Entries and draws to the tensors of one micro-batch."""
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from models.base import Draw, MicroBatch, ModelFamily
 from utils.data.cache import CacheStore
 from utils.data.plan import Item, counter_hash, counter_uniform
-from utils.data.records import Entry
+from utils.data.records import TEXT, Entry
 
 
 class EvalItem(NamedTuple):
@@ -41,6 +42,12 @@ class CachedDataset:
         self.family, self.store, self.entries = family, store, entries
         self.empty_text_key, self.seed, self.caption_dropout = empty_text_key, seed, caption_dropout
 
+    def made_by(self, family: ModelFamily) -> "CachedDataset":
+        """The same samples and draws, made into micro-batches by another family."""
+        other = copy.copy(self)
+        other.family = family
+        return other
+
     def training_batch(self, items: Sequence[Item]) -> MicroBatch:
         """The micro-batch of one forward pass, on the CPU."""
         samples, draws = [], []
@@ -48,26 +55,40 @@ class CachedDataset:
             entry = self.entries[item.entry]
             path = (self.seed, entry.sample_id, entry.group, item.turn)
             samples.append(self._read(entry, self._caption_of(entry, path)))
-            draws.append(Draw(counter_uniform("quantile", *path), counter_hash("noise", *path)))
+            quantile, noise = counter_uniform("quantile", *path), counter_hash("noise", *path)
+            draws.append(Draw(quantile, noise, counter_uniform("choice", *path)))
         return self.family.micro_batch(samples, draws)
 
     def eval_batch(self, items: Sequence[EvalItem]) -> MicroBatch:
-        """Fixed quantiles, noise fixed by sample and quantile, no dropout, always the first caption."""
+        """Fixed quantiles, noise fixed by sample and quantile, no dropout, always the first caption.
+
+        The choice is fixed by sample alone: at every quantile and in every evaluation it is a sample of the same task.
+        """
         samples, draws = [], []
         for item in items:
             entry = self.entries[item.entry]
-            samples.append(self._read(entry, entry.text_keys[0]))
-            draws.append(Draw(item.quantile, counter_hash("eval", self.seed, entry.sample_id, item.quantile)))
+            samples.append(self._read(entry, entry.text_keys[0] if entry.text_keys else ""))
+            noise = counter_hash("eval", self.seed, entry.sample_id, item.quantile)
+            draws.append(Draw(item.quantile, noise, counter_uniform("eval choice", self.seed, entry.sample_id)))
         return self.family.micro_batch(samples, draws)
 
     def _caption_of(self, entry: Entry, path: tuple[object, ...]) -> str:
+        """Key of the caption for this draw; "" where no encoder reads captions."""
+        if not entry.text_keys:
+            return ""
         if self.caption_dropout and counter_uniform("drop", *path) < self.caption_dropout:
             return self.empty_text_key
         return entry.text_keys[counter_hash("caption", *path) % len(entry.text_keys)]
 
     def _read(self, entry: Entry, text_key: str) -> dict[str, Tensor]:
+        """What every encoder made of one sample, in one dict."""
+        sample: dict[str, Tensor] = {}
         try:
-            return self.store.read("latents", entry.latents_key) | self.store.read("text", text_key)
+            for kind, key in (*entry.media(), *([(TEXT, text_key)] if text_key else [])):
+                tensors = self.store.read(kind, key)
+                assert sample.keys().isdisjoint(tensors), f"{kind} has a tensor of the name that another encoder gave"
+                sample |= tensors
+            return sample
         except FileNotFoundError as error:
             raise ValueError(
                 f"{error.filename}: the cache entry of {entry.name} is gone since the start; go on with "

@@ -3,6 +3,7 @@
 Free of torch: every worker imports this module.
 """
 
+import math
 import mmap
 import os
 import tempfile
@@ -19,6 +20,7 @@ from utils.data.media import decode_clip
 from utils.data.records import Bucket
 from utils.data.workers import WorkerPool
 
+Shape = tuple[int, int, int, int]  # frames, h, w, 3
 _AHEAD_BYTES = 4 * 2**30  # decoded pixels that may wait, at most
 
 
@@ -38,14 +40,16 @@ class PixelJob(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """`pixels` is uint8 [F, h, w, 3], or None where `error` says why not."""
+    """`pixels` is uint8 [F, h, w, 3], [2, h, w, 3] of a clip's ends, or None where `error` says why not."""
 
     job: PixelJob
     pixels: np.ndarray | None
     error: Exception | None
 
 
-def decoded_clips(jobs: Sequence[PixelJob], workers: int, held: int, timeout_s: float) -> Iterator[Decoded]:
+def decoded_clips(
+    jobs: Sequence[PixelJob], workers: int, held: int, timeout_s: float, ends_only: bool = False
+) -> Iterator[Decoded]:
     """`jobs` in their order, decoded ahead by `workers` processes (0: in this one).
 
     The pixels of an item may be overwritten once `held` more were asked for: they live in a ring of shared memory, so
@@ -53,22 +57,23 @@ def decoded_clips(jobs: Sequence[PixelJob], workers: int, held: int, timeout_s: 
 
     Args:
         timeout_s: how long one clip may take before its worker is given up.
+        ends_only: give the first and the last frame of each clip alone, the same bytes as in the whole.
     """
     if not jobs:
         return
     workers = min(workers, len(jobs))
-    largest = max(_nbytes(job.bucket) for job in jobs)
+    largest = max(math.prod(_shape(job.bucket, ends_only)) for job in jobs)
     ahead = max(workers, min(2 * workers + held, _AHEAD_BYTES // largest))
     ring = SharedRing(ahead + held, largest)
-    with WorkerPool(_DecodeTask(ring), workers, timeout_s) as pool:
+    with WorkerPool(_DecodeTask(ring, ends_only), workers, timeout_s) as pool:
         for outcome in pool.run(enumerate(jobs), ahead, name=lambda item: item[1].name):
             index, job = outcome.item
-            pixels = None if outcome.error else ring.slot(index, job.bucket)
+            pixels = None if outcome.error else ring.slot(index, _shape(job.bucket, ends_only))
             yield Decoded(job, pixels, outcome.error)
 
 
-def _nbytes(bucket: Bucket) -> int:
-    return bucket.width * bucket.height * bucket.frames * 3
+def _shape(bucket: Bucket, ends_only: bool) -> Shape:
+    return 2 if ends_only else bucket.frames, bucket.height, bucket.width, 3
 
 
 class SharedRing:
@@ -86,11 +91,10 @@ class SharedRing:
         # The mapping keeps the memory for as long as arrays look at it.
         weakref.finalize(self, os.close, self._descriptor)
 
-    def slot(self, index: int, bucket: Bucket) -> np.ndarray:
-        """Slot `index` modulo the ring's length as uint8 [F, h, w, 3]."""
+    def slot(self, index: int, shape: Shape) -> np.ndarray:
+        """Slot `index` modulo the ring's length as uint8 of `shape`."""
         offset = index % self._slots * self._slot_bytes
-        flat = np.frombuffer(self._memory, np.uint8, _nbytes(bucket), offset)
-        return flat.reshape(bucket.frames, bucket.height, bucket.width, 3)
+        return np.frombuffer(self._memory, np.uint8, math.prod(shape), offset).reshape(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self._slots, self._slot_bytes, DupFd(self._descriptor))
@@ -113,11 +117,12 @@ def _anonymous_file(size: int) -> int:
 class _DecodeTask:
     """Decodes (index, job) into the ring's slot; what the worker processes run."""
 
-    def __init__(self, ring: SharedRing) -> None:
-        self._ring = ring
+    def __init__(self, ring: SharedRing, ends_only: bool) -> None:
+        self._ring, self._ends_only = ring, ends_only
 
     def __call__(self, item: tuple[int, PixelJob]) -> None:
         index, job = item
         width, height, frames = job.bucket
-        out = self._ring.slot(index, job.bucket)
-        decode_clip(job.path, job.is_video, job.start, job.fps, frames, width, height, out=out)
+        only = (0, frames - 1) if self._ends_only else None
+        out = self._ring.slot(index, _shape(job.bucket, self._ends_only))
+        decode_clip(job.path, job.is_video, job.start, job.fps, frames, width, height, only=only, out=out)

@@ -1,7 +1,7 @@
 """One optimizer step's micro-batches at a time, read ahead; its whole state is the step number."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from models.base import MicroBatch
@@ -14,15 +14,23 @@ class StepLoader:
 
     Micro-batches are made one by one on a background thread, at most `ahead` before they are asked for, so host memory
     holds a few of them and never a whole step. Middle stages need no loader: the plan alone tells them step and epoch.
+
+    Args:
+        dataset_at: who makes the micro-batches of a step of the plan; asked ahead of time, so the step must decide it.
     """
 
     def __init__(
-        self, dataset: CachedDataset, plan: EpochPlan, data_rank: int, first_step: int, ahead: int = 3
+        self,
+        dataset_at: Callable[[int], CachedDataset],
+        plan: EpochPlan,
+        data_rank: int,
+        first_step: int,
+        ahead: int = 3,
     ) -> None:
-        self._dataset, self._plan, self._data_rank = dataset, plan, data_rank
+        self._dataset_at, self._plan, self._data_rank = dataset_at, plan, data_rank
         self._step = first_step
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._coming = self._all_items(first_step)
+        self._coming = self._all_work(first_step)
         self._pending: deque[Future[MicroBatch]] = deque()
         self._ahead = ahead
 
@@ -38,10 +46,12 @@ class StepLoader:
     def _take(self, count: int) -> Iterator[MicroBatch]:
         for _ in range(count):
             while len(self._pending) <= self._ahead:
-                self._pending.append(self._pool.submit(self._dataset.training_batch, next(self._coming)))
+                make, items = next(self._coming)
+                self._pending.append(self._pool.submit(make, items))
             yield self._pending.popleft().result()
 
-    def _all_items(self, step: int) -> Iterator[list[Item]]:
+    def _all_work(self, step: int) -> Iterator[tuple[Callable[[Sequence[Item]], MicroBatch], list[Item]]]:
         while True:
-            yield from self._plan.step(step).micro_batches_of(self._data_rank)
+            make = self._dataset_at(step).training_batch
+            yield from ((make, items) for items in self._plan.step(step).micro_batches_of(self._data_rank))
             step += 1

@@ -1,7 +1,8 @@
 """What a dataset comes to: its samples, what was left out, and what the cache still lacks; decided once by rank 0."""
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,8 +13,8 @@ from utils.data.buckets import BucketSettings, bucket_table
 from utils.data.cache import CacheStore, FingerprintIndex, write_whole
 from utils.data.clips import cut_clips
 from utils.data.decode_pool import PixelJob
-from utils.data.media_types import DECODE_VERSION
-from utils.data.records import Bucket, Clip, Entry
+from utils.data.keys import Keys
+from utils.data.records import TEXT, Bucket, Clip, Entry
 from utils.data.scan import Skipped, scan_directory
 from utils.data.stat_index import StatIndex
 from utils.data.workers import Progress
@@ -21,8 +22,6 @@ from utils.data.workers import Progress
 # Beside the entries, in the cache's root.
 PROBES_FILE = "probes.jsonl"
 WEIGHTS_FILE = "weights.jsonl"
-# What an encoder reads -> its cache folder.
-KINDS = {"pixels": "latents", "caption": "text"}
 _FIRST_REASONS = 5
 
 
@@ -60,6 +59,9 @@ class CaptionJob(NamedTuple):
         return repr(self.caption if len(self.caption) <= 60 else self.caption[:57] + "...")
 
 
+Job = PixelJob | CaptionJob
+
+
 class Count(NamedTuple):
     """Distinct entries of one kind."""
 
@@ -74,8 +76,7 @@ class Manifest:
     entries: list[Entry]
     groups: list[Group]
     skipped: list[Skipped]
-    latents_jobs: list[PixelJob]  # what the cache lacks
-    text_jobs: list[CaptionJob]
+    jobs: dict[str, list[Job]]  # what the cache lacks, by kind of encoder
     counts: dict[str, Count]  # by kind of encoder
     empty_text_key: str  # of the empty caption, which dropout uses; "" where no encoder reads captions
     contents: dict[str, str] = field(default_factory=dict)  # content hash -> path, of the media in `entries`
@@ -89,15 +90,25 @@ class Manifest:
         """What `save` wrote."""
         return _from_json(json.loads(path.read_bytes()))
 
+    def digest(self) -> str:
+        """Of the samples: the same for equal content, frames, shapes and captions, wherever the files lie."""
+        return hashlib.blake2b("".join(sorted(e.sample_id for e in self.entries)).encode(), digest_size=16).hexdigest()
+
     def without(self, failed: Mapping[str, Skipped]) -> "Manifest":
-        """Less the entries whose latents could not be made; `failed` is latents key -> why."""
-        lost = sorted({entry.latents_key for entry in self.entries} & set(failed))
+        """Less the entries of which anything could not be made; `failed` is the cache's key -> why."""
+        lost = self.lost_with(failed)
+        reasons = dict.fromkeys(failed[key] for entry in self.entries for key in entry.media_keys if key in failed)
         return replace(
             self,
-            entries=[entry for entry in self.entries if entry.latents_key not in failed],
-            skipped=self.skipped + [failed[key] for key in lost],
-            latents_jobs=[job for job in self.latents_jobs if job.key not in failed],
+            entries=[entry for entry in self.entries if lost.isdisjoint(entry.media_keys)],
+            skipped=[*self.skipped, *reasons],
+            jobs={kind: [job for job in jobs if job.key not in lost] for kind, jobs in self.jobs.items()},
         )
+
+    def lost_with(self, failed: Collection[str]) -> set[str]:
+        """`failed` and every other key of the clips that they are of: a clip counts whole or not at all."""
+        lost = set(failed)
+        return lost.union(*(entry.media_keys for entry in self.entries if not lost.isdisjoint(entry.media_keys)))
 
 
 def build_manifest(
@@ -115,7 +126,7 @@ def build_manifest(
     """Scan, cut and look up one dataset.
 
     Args:
-        encoders: at most one that reads pixels and one that reads captions.
+        encoders: at most one of them reads captions.
         workers: processes that read files not seen before.
         regenerate: plan every entry anew, whatever the cache holds.
 
@@ -135,22 +146,17 @@ def build_manifest(
         raise ValueError(f"{len(bad)} media files cannot be used (skip_bad_media = true goes on without them):{lines}")
     if not clips:
         raise ValueError(_nothing_left(directories, skipped))
-    keys = _Keys(encoders, FingerprintIndex(store.root / WEIGHTS_FILE))
-    latents, texts, empty = _jobs(clips, keys)
+    entries, wanted, empty = _collect(clips, Keys(encoders, FingerprintIndex(store.root / WEIGHTS_FILE)))
     missing = {
         kind: [job for job in jobs.values() if regenerate or not store.has(kind, job.key)]
-        for kind, jobs in (("latents", latents), ("text", texts))
+        for kind, jobs in wanted.items()
     }
     return Manifest(
-        entries=_entries(clips, keys),
+        entries=entries,
         groups=[Group(Path(settings.path), settings.num_repeats) for settings in directories],
         skipped=skipped,
-        latents_jobs=missing["latents"],
-        text_jobs=missing["text"],
-        counts={
-            "latents": Count(len(latents), len(latents) - len(missing["latents"])),
-            "text": Count(len(texts), len(texts) - len(missing["text"])),
-        },
+        jobs=missing,
+        counts={kind: Count(len(jobs), len(jobs) - len(missing[kind])) for kind, jobs in wanted.items()},
         empty_text_key=empty,
         contents={clip.media.content_hash: str(clip.media.path) for clip in clips},
     )
@@ -203,72 +209,26 @@ def _nothing_left(directories: Sequence[DirectorySettings], skipped: Sequence[Sk
     return f"nothing to train on in {folders}; left out:{lines}{more}"
 
 
-# --- keys and jobs ----------------------------------------------------------------------------------------------------
+# --- entries and jobs -------------------------------------------------------------------------------------------------
 
 
-class _Keys:
-    """Names of cache entries, and of samples."""
-
-    def __init__(self, encoders: Sequence[Encoder], fingerprints: FingerprintIndex) -> None:
-        self._known: dict[str, tuple[str, Mapping[str, Any]]] = {}  # what it reads -> (kind, fingerprint)
-        for encoder in encoders:
-            assert encoder.reads not in self._known, f"two encoders read {encoder.reads}: Entry has one key for each"
-            assert encoder.kind == KINDS[encoder.reads], f"{encoder.kind} is not the kind of what reads {encoder.reads}"
-            self._known[encoder.reads] = (encoder.kind, fingerprints.resolve(encoder.fingerprint()))
-
-    def reads(self, what: str) -> bool:
-        return what in self._known
-
-    def latents(self, clip: Clip) -> str:
-        kind, encoder = self._known["pixels"]
-        return CacheStore.key(kind, {"clip": _recipe(clip), "encoder": encoder})
-
-    def text(self, caption: str) -> str:
-        kind, encoder = self._known["caption"]
-        return CacheStore.key(kind, {"caption": caption, "encoder": encoder})
-
-    def sample(self, clip: Clip) -> str:
-        """Free of the encoders, so that another VAE or text encoder draws the same noise for the same sample."""
-        return CacheStore.key("sample", {"clip": _recipe(clip), "captions": clip.media.captions})
-
-
-def _recipe(clip: Clip) -> dict[str, Any]:
-    """All that decides a clip's pixels."""
-    return {
-        "media": clip.media.content_hash,
-        "start": str(clip.start),
-        "fps": str(clip.fps),
-        "bucket": list(clip.bucket),
-        "decode": DECODE_VERSION,
-    }
-
-
-def _jobs(clips: Iterable[Clip], keys: _Keys) -> tuple[dict[str, PixelJob], dict[str, CaptionJob], str]:
-    """Everything that must be in the cache, by key, and the key of the empty caption."""
-    latents: dict[str, PixelJob] = {}
-    texts: dict[str, CaptionJob] = {}
+def _collect(clips: Sequence[Clip], keys: Keys) -> tuple[list[Entry], dict[str, dict[str, Job]], str]:
+    """The entries, everything that must be in the cache by kind and key, and the key of the empty caption."""
+    jobs: dict[str, dict[str, Job]] = {kind: {} for kind in keys.kinds}
 
     def want(caption: str) -> str:
         key = keys.text(caption)
-        texts.setdefault(key, CaptionJob(key, caption))
+        jobs[TEXT].setdefault(key, CaptionJob(key, caption))
         return key
 
-    for clip in clips:
-        key, media = keys.latents(clip), clip.media
-        latents.setdefault(key, PixelJob(key, media.path, media.is_video, clip.start, clip.fps, clip.bucket))
-        if keys.reads("caption"):
-            for caption in media.captions:
-                want(caption)
-    return latents, texts, want("") if keys.reads("caption") else ""
-
-
-def _entries(clips: Sequence[Clip], keys: _Keys) -> list[Entry]:
     starts: dict[Path, set[Fraction]] = {}
     for clip in clips:
         starts.setdefault(clip.media.path, set()).add(clip.start)
     entries = []
     for clip in clips:
-        media = clip.media
+        media, media_keys = clip.media, keys.media(clip)
+        for kind, key in zip(keys.media_kinds, media_keys, strict=True):
+            jobs[kind].setdefault(key, PixelJob(key, media.path, media.is_video, clip.start, clip.fps, clip.bucket))
         several = len(starts[media.path]) > 1
         entries.append(
             Entry(
@@ -276,26 +236,30 @@ def _entries(clips: Sequence[Clip], keys: _Keys) -> list[Entry]:
                 name=f"{media.path.name}@{float(clip.start):.2f}s" if several else media.path.name,
                 bucket=clip.bucket,
                 group=clip.group,
-                latents_key=keys.latents(clip),
-                text_keys=tuple(map(keys.text, media.captions)) if keys.reads("caption") else (),
+                media_kinds=keys.media_kinds,
+                media_keys=media_keys,
+                text_keys=tuple(map(want, media.captions)) if TEXT in keys.kinds else (),
             )
         )
-    return entries
+    return entries, jobs, want("") if TEXT in keys.kinds else ""
 
 
 # --- as JSON ----------------------------------------------------------------------------------------------------------
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
+    clips: dict[tuple[Any, ...], int] = {}  # what is decoded -> its row; several encoders look at the same clip
+    jobs = {
+        kind: wanted if kind == TEXT else [[job.key, clips.setdefault(job[1:], len(clips))] for job in wanted]
+        for kind, wanted in manifest.jobs.items()
+    }
     return {
-        "entries": [[e.sample_id, e.name, e.bucket, e.group, e.latents_key, e.text_keys] for e in manifest.entries],
+        "media_kinds": manifest.entries[0].media_kinds if manifest.entries else (),
+        "entries": [[e.sample_id, e.name, e.bucket, e.group, e.media_keys, e.text_keys] for e in manifest.entries],
         "groups": [[str(group.path), group.num_repeats] for group in manifest.groups],
         "skipped": [[str(item.path), item.reason, item.bad] for item in manifest.skipped],
-        "latents_jobs": [
-            [job.key, str(job.path), job.is_video, str(job.start), str(job.fps), job.bucket]
-            for job in manifest.latents_jobs
-        ],
-        "text_jobs": manifest.text_jobs,
+        "clips": [[str(path), is_video, str(start), str(fps), bucket] for path, is_video, start, fps, bucket in clips],
+        "jobs": jobs,
         "counts": manifest.counts,
         "empty_text_key": manifest.empty_text_key,
         "contents": manifest.contents,
@@ -303,18 +267,22 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def _from_json(content: Mapping[str, Any]) -> Manifest:
+    kinds = tuple(content["media_kinds"])
+    clips = [
+        (Path(path), is_video, Fraction(start), Fraction(fps), Bucket(*bucket))
+        for path, is_video, start, fps, bucket in content["clips"]
+    ]
     return Manifest(
         entries=[
-            Entry(sample_id, name, Bucket(*bucket), group, latents_key, tuple(text_keys))
-            for sample_id, name, bucket, group, latents_key, text_keys in content["entries"]
+            Entry(sample_id, name, Bucket(*bucket), group, kinds, tuple(media_keys), tuple(text_keys))
+            for sample_id, name, bucket, group, media_keys, text_keys in content["entries"]
         ],
         groups=[Group(Path(path), num_repeats) for path, num_repeats in content["groups"]],
         skipped=[Skipped(Path(path), reason, bad) for path, reason, bad in content["skipped"]],
-        latents_jobs=[
-            PixelJob(key, Path(path), is_video, Fraction(start), Fraction(fps), Bucket(*bucket))
-            for key, path, is_video, start, fps, bucket in content["latents_jobs"]
-        ],
-        text_jobs=[CaptionJob(*job) for job in content["text_jobs"]],
+        jobs={
+            kind: [CaptionJob(*row) if kind == TEXT else PixelJob(row[0], *clips[row[1]]) for row in rows]
+            for kind, rows in content["jobs"].items()
+        },
         counts={kind: Count(*count) for kind, count in content["counts"].items()},
         empty_text_key=content["empty_text_key"],
         contents=content["contents"],

@@ -4,7 +4,7 @@ Free of torch, as is all that it imports, so that a decode worker starts in a fr
 """
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -46,6 +46,7 @@ def decode_clip(
     frames: int,
     width: int,
     height: int,
+    only: Sequence[int] | None = None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Pixels of one clip; raises `MediaError`.
@@ -57,17 +58,19 @@ def decode_clip(
     Args:
         start, fps: s and frames/s, ignored for an image.
         width, height: px.
-        out: uint8 [frames, height, width, 3] to write to, made when absent.
+        only: numbers of the frames to return, ascending, byte for byte as they are in the whole; all when absent.
+        out: uint8 [frames returned, height, width, 3] to write to, made when absent.
 
     Returns:
-        uint8 RGB [frames, height, width, 3]; `out` where it was given.
+        uint8 RGB [frames returned, height, width, 3]; `out` where it was given.
     """
+    numbers = range(frames) if only is None else only
     if out is None:
-        out = np.empty((frames, height, width, 3), np.uint8)
+        out = np.empty((len(numbers), height, width, 3), np.uint8)
     with _errors_named(path):
         _require_regular_file(path)
         if is_video:
-            decode_video(path, start, fps, out)
+            decode_video(path, start, fps, numbers, out)
         else:
             out[:] = decode_image(path, width, height)
     return out

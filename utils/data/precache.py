@@ -1,33 +1,41 @@
 """Fills the cache: worker processes decode ahead, every rank's device encodes its share, one encoder at a time."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any, NamedTuple
 
 import torch
 
-from models.base import Encoder
+from models.base import ClipEnds, Encoder
 from utils.data.cache import CacheStore, write_whole
 from utils.data.decode_pool import Decoded, PixelJob, decoded_clips
-from utils.data.manifest import CaptionJob, Manifest
+from utils.data.manifest import CaptionJob, Job, Manifest
+from utils.data.records import TEXT
 from utils.data.scan import Skipped, reason_of
 from utils.data.workers import Progress, Silent
 
 FAILED_FOLDER = "failed"  # in the cache's root: one note an item that could not be made
 
 
+class Made(NamedTuple):
+    """Distinct cache entries of one kind."""
+
+    encoded: int
+    reused: int  # there before
+
+
 @dataclass(frozen=True)
 class PrecacheReport:
     """What pre-caching did, over all ranks; the same on each."""
 
-    latents: int  # encoded
-    text: int  # encoded
-    reused: int  # entries that were there before
+    made: dict[str, Made]  # by kind of encoder, in the order in which they ran
     seconds: float
-    failed: dict[str, Skipped]  # latents key -> why; only with skip_bad_media
+    failed: dict[str, Skipped]  # the cache's key -> why, one key a clip; only with skip_bad_media
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,11 @@ def precache(
     """
     begun = monotonic()
     station = _Station(store, device, workers, max(1, batch_size), decode_timeout_s, progress or Silent())
-    encoded: dict[str, int] = {}
+    made: dict[str, Made] = {}
     failed: dict[str, Skipped] = {}
     for encoder in encoders:
-        jobs = _missing(manifests, encoder)
+        missing = _missing(manifests, encoder)
+        jobs = _less_lost(missing, manifests, failed)
         share = jobs[rank::world]
         if share:
             whose = "" if world == 1 else f", rank {rank}'s share of {len(jobs)}"
@@ -94,40 +103,46 @@ def precache(
         if lost and not skip_bad_media:
             raise ValueError(_failure_list(lost))
         failed |= lost
-        encoded[encoder.kind] = len(jobs) - len(lost)
-    return PrecacheReport(
-        latents=encoded.get("latents", 0),
-        text=encoded.get("text", 0),
-        reused=_num_wanted(manifests) - sum(encoded.values()) - len(failed),
-        seconds=monotonic() - begun,
-        failed=failed,
-    )
+        made[encoder.kind] = Made(len(jobs) - len(lost), _num_wanted(manifests, encoder.kind) - len(missing))
+    return PrecacheReport(made, monotonic() - begun, failed)
 
 
-def _missing(manifests: Iterable[Manifest], encoder: Encoder) -> list[PixelJob] | list[CaptionJob]:
+def _missing(manifests: Iterable[Manifest], encoder: Encoder) -> list[Job]:
     """What all datasets together lack, once each, in the order in which batches form best."""
-    if encoder.reads == "pixels":
-        pixels = {job.key: job for manifest in manifests for job in manifest.latents_jobs}
-        return sorted(pixels.values(), key=lambda job: (job.bucket, job.path, job.start))
-    captions = {job.key: job for manifest in manifests for job in manifest.text_jobs}
-    return sorted(captions.values(), key=lambda job: (len(job.caption), job.caption))
+    jobs = {job.key: job for manifest in manifests for job in manifest.jobs.get(encoder.kind, ())}
+    return sorted(jobs.values(), key=_ORDER[encoder.reads])
 
 
-def _num_wanted(manifests: Sequence[Manifest]) -> int:
-    latents = {entry.latents_key for manifest in manifests for entry in manifest.entries}
-    texts = {key for manifest in manifests for entry in manifest.entries for key in entry.text_keys}
-    texts |= {manifest.empty_text_key for manifest in manifests if manifest.empty_text_key}
-    return len(latents) + len(texts)
+def _less_lost(jobs: list[Job], manifests: Iterable[Manifest], failed: Collection[str]) -> list[Job]:
+    """`jobs` without the clips that an earlier encoder failed on: they are left out, and were told of."""
+    if not failed:
+        return jobs
+    lost = set().union(*(manifest.lost_with(failed) for manifest in manifests))
+    return [job for job in jobs if job.key not in lost]
+
+
+def _num_wanted(manifests: Iterable[Manifest], kind: str) -> int:
+    """Distinct entries of one kind that all datasets together need."""
+    wanted: set[str] = set()
+    for manifest in manifests:
+        if kind == TEXT:
+            wanted.add(manifest.empty_text_key)
+            wanted.update(key for entry in manifest.entries for key in entry.text_keys)
+        else:
+            wanted.update(key for entry in manifest.entries for of, key in entry.media() if of == kind)
+    return len(wanted)
 
 
 # --- one rank's share -------------------------------------------------------------------------------------------------
 
 
-def _encode_pixels(station: _Station, encoder: Encoder, jobs: Sequence[PixelJob]) -> None:
+def _encode_clips(station: _Station, encoder: Encoder, jobs: Sequence[PixelJob], ends_only: bool) -> None:
+    decoding = decoded_clips(jobs, station.workers, station.batch_size, station.decode_timeout_s, ends_only)
     # Closed by hand: after an error the traceback would keep the generator, and with it the workers, alive.
-    with closing(decoded_clips(jobs, station.workers, station.batch_size, station.decode_timeout_s)) as decoded:
+    with closing(decoding) as decoded:
         for batch in _batches(_readable(decoded, station), station.batch_size):
-            _encode_batch(station, encoder, [item.job for item in batch], [item.pixels for item in batch])
+            items = [ClipEnds(item.pixels, item.job.bucket.frames) if ends_only else item.pixels for item in batch]
+            _encode_batch(station, encoder, [item.job for item in batch], items)
 
 
 def _encode_captions(station: _Station, encoder: Encoder, jobs: Sequence[CaptionJob]) -> None:
@@ -138,8 +153,25 @@ def _encode_captions(station: _Station, encoder: Encoder, jobs: Sequence[Caption
 
 # what an encoder reads -> how its jobs are done
 _ENCODE: dict[str, Callable[[_Station, Encoder, Sequence], None]] = {
-    "pixels": _encode_pixels,
+    "pixels": partial(_encode_clips, ends_only=False),
+    "ends": partial(_encode_clips, ends_only=True),
     "caption": _encode_captions,
+}
+
+
+def _by_shape(job: PixelJob) -> tuple[object, ...]:
+    return job.bucket, job.path, job.start
+
+
+def _by_length(job: CaptionJob) -> tuple[object, ...]:
+    return len(job.caption), job.caption
+
+
+# what an encoder reads -> the order of its jobs
+_ORDER: dict[str, Callable[[Any], tuple[object, ...]]] = {
+    "pixels": _by_shape,
+    "ends": _by_shape,
+    "caption": _by_length,
 }
 
 
@@ -169,7 +201,7 @@ def _batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
         yield batch
 
 
-def _encode_batch(station: _Station, encoder: Encoder, jobs: Sequence[PixelJob | CaptionJob], items: list) -> None:
+def _encode_batch(station: _Station, encoder: Encoder, jobs: Sequence[Job], items: list) -> None:
     for job, tensors in zip(jobs, encoder.encode(items), strict=True):
         station.store.write(encoder.kind, job.key, tensors, {"name": job.name})
     station.progress.advance(len(jobs), jobs[-1].name)
@@ -178,7 +210,7 @@ def _encode_batch(station: _Station, encoder: Encoder, jobs: Sequence[PixelJob |
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
-def _audit(store: CacheStore, kind: str, jobs: Sequence[PixelJob | CaptionJob]) -> dict[str, Skipped]:
+def _audit(store: CacheStore, kind: str, jobs: Sequence[Job]) -> dict[str, Skipped]:
     """Key -> why, of the jobs that failed on whatever rank; every other one must have its entry."""
     failed: dict[str, Skipped] = {}
     for job in jobs:

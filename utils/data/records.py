@@ -1,9 +1,12 @@
 """The nouns of the data path, frozen: MediaFile, Clip, Bucket, Entry."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+
+TEXT = "text"  # kind of the encoder that reads captions; every other kind is made of a clip's pixels
 
 
 class Bucket(NamedTuple):
@@ -52,5 +55,10 @@ class Entry:
     name: str  # for people: the file's name, with the start where a file gives several clips
     bucket: Bucket
     group: int  # index of the [[directory]]
-    latents_key: str
-    text_keys: tuple[str, ...]  # one a caption; a draw picks one
+    media_kinds: tuple[str, ...]  # what is encoded of its pixels; all entries share this one tuple
+    media_keys: tuple[str, ...]  # the cache's key of each
+    text_keys: tuple[str, ...]  # one a caption; a draw picks one; none where no encoder reads captions
+
+    def media(self) -> Iterator[tuple[str, str]]:
+        """(kind, key) of everything encoded of its pixels."""
+        return zip(self.media_kinds, self.media_keys, strict=True)

@@ -1,7 +1,7 @@
 """Reads videos through PyAV: counts frames, finds the ones that a clip shows, and decodes no more than it must."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -128,8 +128,12 @@ def _shown_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def decode_video(path: Path, start: Fraction, fps: Fraction, out: np.ndarray) -> None:
-    """Fill `out`, uint8 [F, h, w, 3]: frame i is the one on show at `start + i / fps` s after the first."""
+def decode_video(path: Path, start: Fraction, fps: Fraction, numbers: Sequence[int], out: np.ndarray) -> None:
+    """Fill `out`, uint8 [N, h, w, 3], with N frames of a clip: number i is on show `start + i / fps` s after the first.
+
+    What lies between them is decoded all the same, only not scaled. Seeking a second time would seldom save more: x264
+    puts 250 frames between key frames by default, and a clip is shorter, so it would decode the same ones again.
+    """
     # A seek should land on the key frame at or before the start. MPEG-TS has no index and lands past it.
     seeks_s = [max(Fraction(0), start - lead_s) for lead_s in _SEEK_LEADS_S]
     for seek_s in dict.fromkeys([*seeks_s, Fraction(0)]):
@@ -137,7 +141,7 @@ def decode_video(path: Path, start: Fraction, fps: Fraction, out: np.ndarray) ->
             if seek_s:
                 tick = (stream.start_time or 0) + math.floor(seek_s / stream.time_base)
                 container.seek(tick, stream=stream, backward=True)
-            if _fill(path, container.decode(stream), stream, start, fps, out, sought=bool(seek_s)):
+            if _fill(path, container.decode(stream), stream, start, fps, numbers, out, sought=bool(seek_s)):
                 return
 
 
@@ -147,11 +151,12 @@ def _fill(
     stream: VideoStream,
     start: Fraction,
     fps: Fraction,
+    numbers: Sequence[int],
     out: np.ndarray,
     sought: bool,
 ) -> bool:
     """Pick and write every frame of the clip; False when a seek landed past the start, so that it must be redone."""
-    writer = _ClipWriter(path, stream, _due_ticks(stream, start, fps, len(out)), out)
+    writer = _ClipWriter(path, stream, _due_ticks(stream, start, fps, numbers), out)
     clock = _clock(stream)
     shown: VideoFrame | None = None
     tick = 0
@@ -172,17 +177,18 @@ def _fill(
     period = max(1 / fps, 1 / (stream.average_rate or fps)) / stream.time_base
     if not writer.write_until(shown, math.ceil(tick + max(shown.duration or 0, period) + 1)):
         at = f"from {float(start):.3f} s on at {float(fps):.5g} fps"
-        raise MediaError(path, f"ends too early: only {writer.done} of the {len(out)} frames {at} could be decoded")
+        missing, last = numbers[writer.done] + 1, numbers[-1] + 1
+        raise MediaError(path, f"ends too early: frame {missing} of the {last} {at} could not be decoded")
     return True
 
 
-def _due_ticks(stream: VideoStream, start: Fraction, fps: Fraction, frames: int) -> list[int]:
-    """Latest time stamp that counts as shown at each output frame, in ticks.
+def _due_ticks(stream: VideoStream, start: Fraction, fps: Fraction, numbers: Sequence[int]) -> list[int]:
+    """Latest time stamp that counts as shown at each wanted frame, in ticks.
 
     Half a tick is given: containers round time stamps to their own clock (Matroska: 1 ms).
     """
     origin = (stream.start_time or 0) + Fraction(1, 2)
-    return [math.floor(origin + (start + i / fps) / stream.time_base) for i in range(frames)]
+    return [math.floor(origin + (start + i / fps) / stream.time_base) for i in numbers]
 
 
 def _clock(stream: VideoStream) -> Callable[[VideoFrame], int]:

@@ -153,21 +153,27 @@ class StageRow(NamedTuple):
     trainable: int
     bytes: int  # of all its parameters, as stored
     ranks: Sequence[int] = ()
+    expert: str = ""  # which of several models
+    host_bytes: int = 0  # kept in host memory, for the time that another model is on the device
 
 
 def stage_table(rows: Sequence[StageRow]) -> Table:
-    """Where the layers went: one row a stage."""
+    """Where the layers went: one row a stage and model."""
     columns = [Column("stage"), Column("layers"), Column("parameters"), Column("trainable"), Column("memory")]
-    with_ranks = any(row.ranks for row in rows)
+    with_experts, with_ranks = any(row.expert for row in rows), any(row.ranks for row in rows)
+    if with_experts:
+        columns = [columns[0], Column("expert", number=False), *columns[1:], Column("host memory")]
     if with_ranks:
         columns.append(Column("ranks", number=False))
     cells = (
         [
             row.stage,
+            *([row.expert] if with_experts else []),
             f"{row.first_layer}-{row.last_layer}",
             short_count(row.parameters),
             short_count(row.trainable),
             short_bytes(row.bytes),
+            *([short_bytes(row.host_bytes)] if with_experts else []),
             *([", ".join(map(str, row.ranks))] if with_ranks else []),
         ]
         for row in rows
@@ -250,16 +256,18 @@ class StepReport:
     samples_per_s: float
     grad_norm: float | None = None
     eta_s: float | None = None
+    expert: str = ""  # whose turn it was, where several models are trained
 
 
 # Dropped from the end while the line is wider than the terminal; shown in the order of `_fields`.
-KEPT_FIRST = ("step", "loss", "eta", "speed", "epoch", "grad", "lr", "samples")
+KEPT_FIRST = ("step", "loss", "eta", "speed", "expert", "epoch", "grad", "lr", "samples")
 
 
 def _fields(report: StepReport) -> dict[str, str]:
     fields = {
         "step": f"step {report.step}/{report.total_steps}",
         "epoch": f"epoch {report.epoch}",
+        "expert": report.expert or None,
         "loss": f"loss {report.loss:.4f}",
         "lr": f"lr {report.lr:.3g}",
         "grad": None if report.grad_norm is None else f"grad {report.grad_norm:.2g}",

@@ -41,6 +41,11 @@ def eval_tag(dataset: str, quantile: float | None = None) -> str:
     return f"{dataset}/loss" if quantile is None else f"{dataset}/loss_quantile_{quantile:.2f}"
 
 
+def of_expert(tag: str, expert: str) -> str:
+    """`train/loss_high` where several models are trained in turns; the tag itself where one is, which has no name."""
+    return f"{tag}_{expert}" if expert else tag
+
+
 class Point(NamedTuple):
     """Where training stands."""
 

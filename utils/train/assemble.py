@@ -1,6 +1,7 @@
 """A job and its cached data to a `Run`: engine, plan, loader, meters, resumed where that was asked for."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from utils import dist
@@ -16,8 +17,10 @@ from utils.monitor.meters import Meters
 from utils.monitor.metrics import MetricsWriter
 from utils.monitor.progress import LiveProgress
 from utils.train import checkpoint, tell
-from utils.train.build import Built, build_engine
+from utils.train.checkpoint import Part
+from utils.train.engine import ReelEngine
 from utils.train.evaluate import EvalSet
+from utils.train.experts import Experts, build_experts, turns
 from utils.train.loop import LoopSettings, Run
 from utils.train.order import course_of, make_plan, refuse_other_order
 from utils.train.prepare import TRAIN, Prepared
@@ -34,24 +37,24 @@ def build_run(job: Job, data: Prepared) -> Run:
     """The engine, the plan and everything else that the loop needs; resumed where that was asked for."""
     config, settings = job.config, engine_settings(job.config)
     with captured_output(job.log_file):
-        built = build_engine(job.family, settings, dist.device())
-    engine = built.engine
+        experts = build_experts(job.family, settings, dist.device())
+    engine = experts.engine
     data_ranks = engine.grid.get_data_parallel_world_size()
     plan = make_plan(config, data.train, data_ranks)
-    course = course_of(config, plan, data.train)
+    course = course_of(config, plan, data.train) | turns(job.family)
     state, meters = TrainState(), Meters()
     if job.resume:
-        state = resume(job, built, plan, course, meters)
+        state = resume(job, experts, course, meters)
     total = total_steps(config, plan, state)
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     display = LiveLine(job.console, enabled=dist.is_main(), steps_per_print=config.steps_per_print)
-    train_set = dataset_of(job, data, data.train, config.seed, config.uncond_fraction)
+    dataset_at = training_sets(job, data, experts, state.data_start)
     run = Run(
         run_dir=job.run_dir,
         family=job.family,
-        built=built,
+        experts=experts,
         plan=plan,
-        loader=StepLoader(train_set, plan, engine.data_rank, state.plan_step) if reads_data else None,
+        loader=StepLoader(dataset_at, plan, engine.data_rank, state.plan_step) if reads_data else None,
         eval_sets=eval_sets(job, data),
         settings=loop_settings(config, total),
         state=state,
@@ -66,27 +69,29 @@ def build_run(job: Job, data: Prepared) -> Run:
         meters=meters,
         display=display,
         progress=LiveProgress(display, job.console, enabled=dist.is_main()),
-        metadata=file_metadata(job),
+        metadata=file_metadata(job, data.train),
         write_configs=lambda folder: write_configs(job.loaded, folder),
-        base_lrs=[config.force_constant_lr or config.optimizer.lr] * len(built.optimizer.param_groups),
+        base_lr=config.force_constant_lr or config.optimizer.lr,
         checkpointed=job.resume,
         last_checkpoint=state.step if job.resume else -1,
     )
     if dist.is_main():
         write_configs(job.loaded, job.run_dir)
-        write_record(job.loaded, job.run_dir, {"layers": engine.module.parts, "ranks": dist.world_size()})
-        tell.plan(job.console, job.family, run, ranks_of(built, data_ranks))
+        facts = {"layers": engine.module.parts, "ranks": dist.world_size(), **turns(job.family)}
+        write_record(job.loaded, job.run_dir, facts)
+        tell.plan(job.console, job.family, run, ranks_of(engine, data_ranks))
     return run
 
 
-def resume(job: Job, built: Built, plan: EpochPlan, course: dict[str, Any], meters: Meters) -> TrainState:
-    """Fill weights, optimizer and meters from the checkpoint.
+def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -> TrainState:
+    """Fill weights, optimizers and meters from the checkpoint.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the data would come in another order.
     """
-    optimizer = None if job.flags.reset_optimizer else built.optimizer
-    loaded = checkpoint.load(job.resume, trained=built.trained, optimizer=optimizer)
+    fresh = job.flags.reset_optimizer
+    parts = {n: Part(e.built.trained, None if fresh else e.built.optimizer) for n, e in experts.items()}
+    loaded = checkpoint.load(job.resume, parts)
     meters.load_state_dict(loaded.meters)
     if job.flags.reset_dataloader:
         return loaded.state.restarted(loaded.epochs_done)
@@ -112,6 +117,13 @@ def dataset_of(job: Job, data: Prepared, manifest: Manifest, seed: int, caption_
         seed=seed,
         caption_dropout=caption_dropout,
     )
+
+
+def training_sets(job: Job, data: Prepared, experts: Experts, data_start: int) -> Callable[[int], CachedDataset]:
+    """Who makes the micro-batches of a step of the plan: the expert whose turn that step is."""
+    whole = dataset_of(job, data, data.train, job.config.seed, job.config.uncond_fraction)
+    of = {name: whole.made_by(expert.family) for name, expert in experts.items()}
+    return lambda plan_step: of[job.family.expert_at(data_start + plan_step)]
 
 
 def eval_sets(job: Job, data: Prepared) -> list[EvalSet]:
@@ -141,19 +153,21 @@ def loop_settings(config: RunConfig, total: int) -> LoopSettings:
         logging_steps=config.logging_steps,
         save_dtype=DTYPES[config.save_dtype] if config.save_dtype else None,
         is_adapter=config.adapter is not None,
+        formats=config.adapter.save_format if config.adapter else (),
     )
 
 
-def file_metadata(job: Job) -> dict[str, str]:
-    """For the header of saved files; step and epoch are added when one is written."""
+def file_metadata(job: Job, manifest: Manifest) -> dict[str, str]:
+    """For the header of saved files; the model, step and epoch are added when one is written."""
     adapter = job.config.adapter
     adapted = {"rank": str(adapter.rank), "alpha": f"{adapter.alpha:g}"} if adapter else {}
-    return {"format": "pt", "base_model": job.family.title, **adapted, "reelpipe.version": VERSION}
+    data = {"reelpipe.dataset_digest": manifest.digest(), "reelpipe.samples": str(len(manifest.entries))}
+    return {"format": "pt", **adapted, **data, "reelpipe.version": VERSION}
 
 
-def ranks_of(built: Built, data_ranks: int) -> list[list[int]]:
+def ranks_of(engine: ReelEngine, data_ranks: int) -> list[list[int]]:
     """Global ranks of each stage."""
-    grid = built.engine.grid
+    grid = engine.grid
     return [
         [grid.topology().get_rank(pipe=stage, data=data) for data in range(data_ranks)]
         for stage in range(grid.get_pipe_parallel_world_size())

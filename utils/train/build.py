@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models import lora
+from models import adapters
+from models.adapter_layers import AdapterShape, add_adapter, initial_value
 from models.base import ModelFamily, WeightSource
+from models.quantised import FLOAT8
 from utils.train.engine import ReelEngine
+from utils.train.fuse import FusedWeights, Fusion, check_fusions, load_fusions
 from utils.train.optimizers import build_optimizer
 from utils.train.stages import LayerRunner, StagedModule, choose_bounds
 
@@ -24,7 +27,14 @@ class AdapterSettings:
     dropout: float = 0.0
     dtype: torch.dtype = torch.float32
     exclude_modules: tuple[str, ...] = ()
-    init_from_existing: Path | None = None
+    init_from_existing: Path | Mapping[str, Path] | None = None  # one path, or one an expert
+    kind: str = "lora"  # one of `models.adapters.KINDS`
+    factor: int = -1  # of a LoKr, see `AdapterShape`
+    decompose_both: bool = False
+
+    @property
+    def shape(self) -> AdapterShape:
+        return AdapterShape(self.rank, self.alpha, self.dropout, self.factor, self.decompose_both)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class EngineSettings:
     micro_batches: int
     optimizer: OptimizerSettings
     adapter: AdapterSettings | None = None
+    fuse: tuple[Fusion, ...] = ()  # merged into the base before anything else
     gradient_clipping: float = 1.0
     partition_method: str = "parameters"
     partition_split: tuple[int, ...] | None = None
@@ -60,23 +71,42 @@ class Built(NamedTuple):
     engine: ReelEngine
     optimizer: torch.optim.Optimizer
     trained: dict[str, nn.Parameter]  # this stage's, by their name in the skeleton
+    base: Callable[[], WeightSource] | None = None  # opens what was trained on, where that decides what is saved
 
 
 def prepare_skeleton(family: ModelFamily, adapter: AdapterSettings | None) -> nn.Module:
-    """The whole model on meta, with its adapter, dtypes and `requires_grad` as they will be."""
+    """The whole model on meta, with its adapter, dtypes and `requires_grad` as they will be.
+
+    Raises:
+        ValueError: all weights are to be trained, and some are kept in float8.
+    """
     skeleton = family.build_skeleton()
     if adapter is None:
+        _refuse_float8(skeleton)
         skeleton.requires_grad_(True)
     else:
         skeleton.requires_grad_(False)
         targets = family.lora_targets(skeleton, adapter.exclude_modules)
-        lora.add_lora(skeleton, targets, adapter.rank, adapter.alpha, adapter.dropout)
+        add_adapter(skeleton, targets, adapter.kind, adapter.shape)
     for name, parameter in skeleton.named_parameters():
-        is_adapter = lora.is_lora(name)
-        dtype = adapter.dtype if adapter and is_adapter else family.storage_dtype(lora.base_name(name))
-        parameter.requires_grad_(adapter is None or is_adapter)
-        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(adapter is None or adapters.is_adapter(name))
+        parameter.data = parameter.data.to(_dtype(family, adapter, name))
     return skeleton
+
+
+def _refuse_float8(skeleton: nn.Module) -> None:
+    low = [name for name, parameter in skeleton.named_parameters() if parameter.dtype in FLOAT8]
+    if low:
+        raise ValueError(
+            f"[model] the checkpoint has {len(low)} weights in float8, first {low[0]}, and without [adapter] all "
+            "weights are trained; set transformer_dtype = 'bfloat16' to expand them, or add [adapter]"
+        )
+
+
+def _dtype(family: ModelFamily, adapter: AdapterSettings | None, name: str) -> torch.dtype:
+    if adapter is None or not adapters.is_adapter(name):
+        return family.storage_dtype(adapters.base_name(name))
+    return torch.float32 if adapters.needs_float32(name) else adapter.dtype
 
 
 class Cut(NamedTuple):
@@ -104,11 +134,18 @@ def check_settings(family: ModelFamily, settings: EngineSettings) -> Cut:
     chosen = settings.optimizer
     matrix = [("probe", nn.Parameter(torch.zeros(2, 2)))]
     build_optimizer(chosen.name, matrix, lr=chosen.lr, weight_decay=chosen.weight_decay, **chosen.arguments)
-    found = starting_adapter(family, settings.adapter)
+    loaded = load_fusions(family, settings.fuse)
+    check_fusions(cut.skeleton, loaded)
+    found = starting_adapter(family, settings.adapter, FusedWeights(family.open_weights(), loaded))
     if found is not None:
-        for name, parameter in cut.skeleton.named_parameters():
-            if lora.is_lora(name):
-                _from_adapter(found, name, parameter)
+        wanted = {name: p for name, p in cut.skeleton.named_parameters() if adapters.is_adapter(name)}
+        for name, parameter in wanted.items():
+            _from_adapter(found, name, parameter)
+        if unused := sorted(set(found) - set(map(adapters.plain_name, wanted))):
+            raise ValueError(
+                f"[adapter] init_from_existing: {len(unused)} of its tensors would be dropped, first {unused[0]}; "
+                "use the exclude_modules that the adapter was made with"
+            )
     return cut
 
 
@@ -126,7 +163,9 @@ def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.de
         offload=settings.offload_checkpoints,
         dropout_seed=settings.seed if has_dropout else None,
     )
-    fill = parameter_filler(family.open_weights(), starting_adapter(family, settings.adapter), settings.seed, device)
+    weights = FusedWeights(family.open_weights(), load_fusions(family, settings.fuse))
+    start = starting_adapter(family, settings.adapter, weights)
+    fill = parameter_filler(skeleton, weights, start, settings.seed, device)
     module = StagedModule(layers, bounds, skeleton, fill, runner, family.loss)
     trained = {name: p for name, p in module.named_local() if p.requires_grad}
     chosen = settings.optimizer
@@ -138,30 +177,53 @@ def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.de
     )
     if settings.compile:
         module.compile_layers()
-    return Built(engine, optimizer, trained)
+    return Built(engine, optimizer, trained, base_of(family, settings))
 
 
-def starting_adapter(family: ModelFamily, adapter: AdapterSettings | None) -> dict[str, Tensor] | None:
-    """Tensors of `init_from_existing`, by plain adapter name. `ValueError` names the key where it cannot be read."""
+def base_of(family: ModelFamily, settings: EngineSettings) -> Callable[[], WeightSource] | None:
+    """Opens the weights that an adapter is trained on, where these are not the checkpoint's and its kind counts from
+    them."""
+    if settings.adapter is None or settings.adapter.kind != "dora" or not settings.fuse:
+        return None
+    return lambda: FusedWeights(family.open_weights(), load_fusions(family, settings.fuse))
+
+
+def starting_adapter(
+    family: ModelFamily, adapter: AdapterSettings | None, weights: WeightSource
+) -> dict[str, Tensor] | None:
+    """Tensors of `init_from_existing`, by plain adapter name. `ValueError` names the key where it cannot be read or is
+    of another kind."""
     if adapter is None or adapter.init_from_existing is None:
         return None
     try:
-        tensors = family.load_adapter(adapter.init_from_existing)  # its own alpha is folded in
+        tensors = family.load_adapter(adapter.init_from_existing, weights)  # its own alpha is folded in
+        kinds = adapters.kinds_in(tensors)
     except (ValueError, OSError) as error:
         raise ValueError(f"[adapter] init_from_existing: {error}") from error
-    return lora.fold_scale(tensors, adapter.rank / adapter.alpha)
+    if kinds != {adapter.kind}:
+        found = " and ".join(sorted(kinds))
+        raise ValueError(
+            f"[adapter] init_from_existing: '{adapter.init_from_existing}' is of type '{found}', and this run trains "
+            f"type = '{adapter.kind}'; " + (f"set type = '{found}'" if len(kinds) == 1 else "use another file")
+        )
+    return adapters.fold_scale(tensors, adapter.rank / adapter.alpha)
 
 
 def parameter_filler(
-    weights: WeightSource, adapter: Mapping[str, Tensor] | None, seed: int, device: torch.device
+    skeleton: nn.Module,
+    weights: WeightSource,
+    adapter: Mapping[str, Tensor] | None,
+    seed: int,
+    device: torch.device,
 ) -> Callable[[str, nn.Parameter], nn.Parameter]:
-    """Gives a meta parameter its values on `device`: from the checkpoint, an earlier adapter, or its name's seed."""
+    """Gives a meta parameter of `skeleton` its values on `device`: from the checkpoint, an earlier adapter, or what it
+    starts with, which for some is made from what was filled before."""
 
     def values(name: str, parameter: nn.Parameter) -> Tensor:
-        if not lora.is_lora(name):
-            return weights.read(lora.base_name(name))
+        if not adapters.is_adapter(name):
+            return weights.read(adapters.base_name(name))
         if adapter is None:
-            return lora.init_lora(name, parameter.shape, seed)
+            return initial_value(skeleton, name, parameter.shape, seed)
         return _from_adapter(adapter, name, parameter)
 
     def fill(name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -173,12 +235,23 @@ def parameter_filler(
 
 
 def _from_adapter(adapter: Mapping[str, Tensor], name: str, parameter: nn.Parameter) -> Tensor:
-    plain = lora.plain_lora_name(name)
+    plain = adapters.plain_name(name)
     found = adapter.get(plain)
     if found is None or found.shape != parameter.shape:
         shape = "absent" if found is None else f"of shape {list(found.shape)}"
         raise ValueError(
             f"[adapter] init_from_existing: {plain} is {shape}, and this run needs {list(parameter.shape)}; "
-            "use the rank and exclude_modules that the adapter was made with"
+            f"use what the adapter was made with: {_made_with(adapter, plain)}"
         )
     return found
+
+
+def _made_with(adapter: Mapping[str, Tensor], plain: str) -> str:
+    """The settings that decide the shapes, with the rank where the file shows it."""
+    module = plain.removesuffix((adapters.split_name(plain) or ("", ""))[1])
+    modules = adapters.by_module(adapter)
+    rank = adapters.rank_of(modules.get(module) or next(iter(modules.values())))
+    keys = [f"rank = {rank}" if rank else "rank", "exclude_modules"]
+    if any(".lokr_" in name for name in adapter):
+        keys += ["factor", "decompose_both"]
+    return f"{', '.join(keys[:-1])} and {keys[-1]}"

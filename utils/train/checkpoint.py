@@ -4,6 +4,7 @@
         state.json                  step, data position, course of the run, meters
         weights_00.safetensors      trained tensors of stage 0, by name
         optimizer_00.pt             optimizer state of stage 0, by parameter name (tensors and plain values only)
+        weights_high_00.safetensors, optimizer_high_00.pt ... instead, where experts have names
         manifest.json               size and hash of each file above; written last
     <run>/latest                    "global_step40"
 
@@ -46,6 +47,13 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; says what is there and what would help."""
 
 
+class Part(NamedTuple):
+    """What one model brings: this stage's share."""
+
+    trained: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer | None  # None: its state is left out of a load
+
+
 class Loaded(NamedTuple):
     """What a checkpoint says beside tensors."""
 
@@ -62,17 +70,20 @@ def save(
     epochs_done: int,
     course: Mapping[str, Any],
     meters: Mapping[str, Any],
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    parts: Mapping[str, Part],
     stage: int,
     data_rank: int,
     keep_last: int | None,
 ) -> Path | None:
     """Write a checkpoint; every rank calls this. Returns None, and leaves earlier checkpoints as they are, when it
-    could not be written: training can go on."""
+    could not be written: training can go on.
+
+    Args:
+        parts: by expert; a model that is alone has no name.
+    """
     final = run_dir / f"global_step{state.step}"
     staging = run_dir / f"tmp-{final.name}"
-    payload = _payload(stage, trained, optimizer) if data_rank == 0 else {}
+    payload = _payload(stage, parts) if data_rank == 0 else {}
     told = {"state": state.to_dict(), "epochs_done": epochs_done, "course": course, "meters": meters}
     trouble = _prepare(run_dir, staging, final, payload)
     if trouble is None:
@@ -91,24 +102,23 @@ def save(
     return final
 
 
-def load(
-    folder: Path,
-    *,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
-) -> Loaded:
-    """Fill this stage's parameters and optimizer from a checkpoint of any number of stages.
-
-    Args:
-        optimizer: None leaves it fresh.
+def load(folder: Path, parts: Mapping[str, Part]) -> Loaded:
+    """Fill this stage's parameters and optimizers, by expert, from a checkpoint of any number of stages.
 
     Raises:
-        CheckpointError: damaged, or made by a run that trained other tensors.
+        CheckpointError: damaged, or made by a run that trained other models or tensors.
     """
     manifest = verify(folder)
-    _load_weights(folder, manifest, trained)
-    if optimizer is not None:
-        _load_optimizer(folder, manifest, trained, optimizer)
+    saved = {told.get("expert", "") for name, told in manifest["files"].items() if name.endswith(".safetensors")}
+    if saved != set(parts):
+        raise CheckpointError(
+            f"{folder} holds {_experts(saved)}, and this run trains {_experts(set(parts))}; go on with the [model] "
+            "table that it was made with"
+        )
+    for expert, part in parts.items():
+        _load_weights(folder, _holders(manifest, ".safetensors", expert), part.trained)
+        if part.optimizer is not None:
+            _load_optimizer(folder, _holders(manifest, ".pt", expert), part.trained, part.optimizer)
     content = json.loads((folder / "state.json").read_text())
     return Loaded(TrainState(**content["state"]), content["epochs_done"], content["course"], content["meters"])
 
@@ -209,12 +219,26 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if whole else None
 
 
-def _payload(stage: int, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    weights = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
-    return {
-        f"weights_{stage:02d}.safetensors": weights,
-        f"optimizer_{stage:02d}.pt": optimizer_state_by_name(optimizer, list(trained.items())),
-    }
+def _experts(names: set[str]) -> str:
+    return f"the experts {', '.join(sorted(names))}" if names != {""} else "one model"
+
+
+class _File(NamedTuple):
+    """One file of the checkpoint before it is written."""
+
+    expert: str
+    content: dict[str, Any]
+
+
+def _payload(stage: int, parts: Mapping[str, Part]) -> dict[str, _File]:
+    files = {}
+    for expert, (trained, optimizer) in parts.items():
+        assert optimizer is not None, "a checkpoint without optimizer state cannot be gone on with"
+        end = f"_{expert}_{stage:02d}" if expert else f"_{stage:02d}"
+        weights = {name: p.detach().cpu().contiguous() for name, p in trained.items()}
+        files[f"weights{end}.safetensors"] = _File(expert, weights)
+        files[f"optimizer{end}.pt"] = _File(expert, optimizer_state_by_name(optimizer, list(trained.items())))
+    return files
 
 
 def payload_bytes(value: Any) -> int:
@@ -226,7 +250,7 @@ def payload_bytes(value: Any) -> int:
     return sum(payload_bytes(v) for v in value) if isinstance(value, list | tuple) else 0
 
 
-def _prepare(run_dir: Path, staging: Path, final: Path, payload: Mapping[str, Any]) -> str | None:
+def _prepare(run_dir: Path, staging: Path, final: Path, payload: Mapping[str, _File]) -> str | None:
     """A clean staging folder and room for all; the same answer on every rank."""
     need = int(dist.sum_over_ranks(torch.tensor([payload_bytes(payload)], dtype=torch.int64)).item()) + SPARE_BYTES
     trouble = None
@@ -246,11 +270,11 @@ def _prepare(run_dir: Path, staging: Path, final: Path, payload: Mapping[str, An
     return first_trouble(trouble)
 
 
-def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+def _write_all(staging: Path, payload: Mapping[str, _File]) -> tuple[str | None, dict[str, Any]]:
     files: dict[str, Any] = {}
 
     def write() -> None:
-        for name, content in payload.items():
+        for name, (expert, content) in payload.items():
             path = staging / name
             if name.endswith(".safetensors"):
                 write_safetensors(path, content)
@@ -259,6 +283,7 @@ def _write_all(staging: Path, payload: Mapping[str, Any]) -> tuple[str | None, d
             _sync(path)
             tensors = sorted(content if name.endswith(".safetensors") else content["shapes"])
             files[name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path), "tensors": tensors}
+            files[name] |= {"expert": expert} if expert else {}
 
     trouble = first_trouble(attempt(write))
     for part in dist.gather_text(json.dumps(files)):
@@ -287,8 +312,7 @@ def _finish(staging: Path, final: Path, told: Mapping[str, Any], files: dict[str
     _sync(final.parent)
 
 
-def _load_weights(folder: Path, manifest: Mapping[str, Any], trained: Mapping[str, nn.Parameter]) -> None:
-    holder = _holders(manifest, ".safetensors")
+def _load_weights(folder: Path, holder: Mapping[str, str], trained: Mapping[str, nn.Parameter]) -> None:
     missing = sorted(set(trained) - set(holder))
     if missing:
         raise CheckpointError(
@@ -309,9 +333,8 @@ def _load_weights(folder: Path, manifest: Mapping[str, Any], trained: Mapping[st
 
 
 def _load_optimizer(
-    folder: Path, manifest: Mapping[str, Any], trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, holder: Mapping[str, str], trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    holder = _holders(manifest, ".pt")
     files = sorted({holder[name] for name in trained if name in holder})
     parts = (torch.load(folder / file, map_location="cpu", weights_only=True) for file in files)
     missing = load_optimizer_state_by_name(optimizer, list(trained.items()), merge_optimizer_states(parts))
@@ -322,9 +345,13 @@ def _load_optimizer(
         )
 
 
-def _holders(manifest: Mapping[str, Any], ending: str) -> dict[str, str]:
-    """Which file holds which tensor."""
-    files = {name: told for name, told in manifest["files"].items() if name.endswith(ending)}
+def _holders(manifest: Mapping[str, Any], ending: str, expert: str) -> dict[str, str]:
+    """Which file holds which tensor of an expert."""
+    files = {
+        name: told
+        for name, told in manifest["files"].items()
+        if name.endswith(ending) and told.get("expert", "") == expert
+    }
     return {tensor: name for name, told in files.items() for tensor in told["tensors"]}
 
 

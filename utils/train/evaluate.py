@@ -1,17 +1,19 @@
 """Losses on held-out data, at fixed quantiles and with noise fixed by sample."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from models.base import MicroBatch
+from models.base import MicroBatch, ModelFamily
 from utils import dist
 from utils.data.dataset import CachedDataset, EvalItem
 from utils.data.records import Bucket
 from utils.data.workers import Progress, Silent
-from utils.monitor.metrics import eval_tag
+from utils.monitor.metrics import eval_tag, of_expert
 from utils.train.engine import ReelEngine
+from utils.train.experts import Experts
+from utils.train.optimizers import eval_mode
 
 QUANTILES = tuple(i / 10 for i in range(1, 10))
 
@@ -22,6 +24,10 @@ class EvalSet(NamedTuple):
     name: str
     dataset: CachedDataset
     micro_batch_of: Callable[[Bucket], int]
+
+    def of(self, expert: str, family: ModelFamily) -> "EvalSet":
+        """The same samples for one of several models, under a name of its own."""
+        return self._replace(name=of_expert(self.name, expert), dataset=self.dataset.made_by(family))
 
 
 class EvalResult(NamedTuple):
@@ -34,6 +40,38 @@ class EvalResult(NamedTuple):
     def scalars(self, name: str) -> dict[str, float]:
         """Under the tags that TensorBoard shows."""
         return {eval_tag(name): self.loss, **{eval_tag(name, q): value for q, value in self.by_quantile.items()}}
+
+
+class Evaluation(NamedTuple):
+    """One held-out dataset, by expert; each is measured over its own timesteps."""
+
+    of: dict[str, EvalResult]
+    shares: Mapping[str, float]  # of the timestep distribution
+
+    @property
+    def loss(self) -> float:
+        """The mean over the whole timestep distribution."""
+        return sum(self.shares[expert] * result.loss for expert, result in self.of.items())
+
+    def scalars(self, name: str) -> dict[str, float]:
+        """Under the tags that TensorBoard shows; a model without a name has no tags of its own."""
+        tags = {eval_tag(name): self.loss}
+        for expert, result in self.of.items():
+            tags |= result.scalars(of_expert(name, expert))
+        return tags
+
+
+def evaluate_experts(
+    experts: Experts, eval_sets: Sequence[EvalSet], shares: Mapping[str, float], progress: Progress | None
+) -> dict[str, Evaluation]:
+    """Every dataset with every expert, by the dataset's name. Every rank calls this and gets the same result."""
+    found = {eval_set.name: Evaluation({}, shares) for eval_set in eval_sets}
+    for name in experts.awake_first if eval_sets else ():
+        family, built = experts.wake(name)
+        with eval_mode(built.optimizer):
+            for eval_set in eval_sets:
+                found[eval_set.name].of[name] = evaluate(built.engine, eval_set.of(name, family), progress)
+    return found
 
 
 def micro_batches(eval_set: EvalSet) -> list[list[EvalItem]]:

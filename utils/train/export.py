@@ -3,15 +3,16 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.base import ModelFamily
-from models.lora import plain_lora_name
+from models.adapters import needs_float32, plain_name
+from models.base import ModelFamily, WeightSource
 from models.weights import write_safetensors
 from utils import dist
 from utils.train.checkpoint import attempt, first_trouble
@@ -19,10 +20,17 @@ from utils.train.checkpoint import attempt, first_trouble
 logger = logging.getLogger(__name__)
 
 
+class Model(NamedTuple):
+    """What is saved of one model: the family that writes it, and this stage's trained tensors by name."""
+
+    family: ModelFamily
+    trained: Mapping[str, nn.Parameter]
+    base: Callable[[], WeightSource] | None = None  # what an adapter was trained on, see `utils.train.build.Built`
+
+
 def export(
-    family: ModelFamily,
+    models: Sequence[Model],
     folder: Path,
-    trained: Mapping[str, nn.Parameter],
     *,
     is_adapter: bool,
     dtype: torch.dtype | None,
@@ -30,16 +38,18 @@ def export(
     data_rank: int,
     metadata: Mapping[str, str],
     extras: Callable[[Path], None],
+    formats: Sequence[str] = (),
 ) -> Path | None:
-    """Write the adapter or the model to `folder`; every rank calls this, and the folder is whole or absent. Returns
+    """Write the adapters or the models to `folder`; every rank calls this, and the folder is whole or absent. Returns
     None, and leaves what was there as it is, when it could not be written: training can go on.
 
-    Stages hand over their tensors through files beside it: the run folder is shared by all ranks as it is, and rank 0
-    needs to hold no more than the file that it writes.
+    Stages hand over their tensors through files beside it, since all ranks share the run folder as it is.
 
     Args:
+        models: usually one; several write files of different names.
         dtype: what to save in; None keeps each tensor's own.
         extras: writes more files (configs) into the folder.
+        formats: of an adapter, a file each; none means the family's first.
     """
     parts, staging = folder.with_name(f"tmp-parts-{folder.name}"), folder.with_name(f"tmp-{folder.name}")
 
@@ -47,15 +57,22 @@ def export(
         for path in (parts, staging):
             shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True)
+        for number in range(len(models)):
+            (parts / str(number)).mkdir()
 
     def hand_over() -> None:
-        tensors = {n: p.detach().to(dtype or p.dtype).cpu().contiguous() for n, p in trained.items()}
-        write_safetensors(parts / f"stage_{stage:02d}.safetensors", tensors)
+        for number, model in enumerate(models):
+            tensors = {n: _saved(n, p, dtype).cpu().contiguous() for n, p in model.trained.items()}
+            write_safetensors(parts / str(number) / f"stage_{stage:02d}.safetensors", tensors)
 
     def put_together() -> None:
-        gathered = _read_parts(parts, plain_lora_name if is_adapter else str)
-        write = family.save_adapter if is_adapter else family.save_full
-        write(gathered, staging, metadata)
+        for number, model in enumerate(models):
+            gathered = _read_parts(parts / str(number), plain_name if is_adapter else str)
+            told = {"base_model": model.family.title, **metadata}
+            if is_adapter:
+                model.family.save_adapter(gathered, staging, told, formats, model.base and model.base())
+            else:
+                model.family.save_full(gathered, staging, told)
         extras(staging)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(staging, folder)
@@ -71,6 +88,11 @@ def export(
             logger.error("%s not saved: %s; training goes on", folder, trouble)
     dist.barrier()
     return folder if trouble is None else None
+
+
+def _saved(name: str, parameter: nn.Parameter, dtype: torch.dtype | None) -> Tensor:
+    tensor = parameter.detach()
+    return tensor if dtype is None or needs_float32(name) else tensor.to(dtype)
 
 
 def _read_parts(parts: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from utils.monitor.metrics import (
     STEP_S,
     MetricsWriter,
     Point,
+    of_expert,
 )
 from utils.train import checkpoint
-from utils.train.build import Built
-from utils.train.evaluate import EvalSet, evaluate
-from utils.train.export import export
+from utils.train.checkpoint import Part
+from utils.train.evaluate import EvalSet, evaluate_experts
+from utils.train.experts import Experts
+from utils.train.export import Model, export
 from utils.train.optimizers import eval_mode
 from utils.train.schedules import learning_rate_factor
 from utils.train.state import Milestones, TrainState
@@ -56,6 +59,7 @@ class LoopSettings:
     logging_steps: int
     save_dtype: torch.dtype | None
     is_adapter: bool
+    formats: tuple[str, ...] = ()  # of a saved adapter, a file each
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Run:
 
     run_dir: Path
     family: ModelFamily
-    built: Built
+    experts: Experts  # the models that take the steps; most runs have one
     plan: EpochPlan
     loader: StepLoader | None  # None on middle stages
     eval_sets: Sequence[EvalSet]
@@ -77,7 +81,7 @@ class Run:
     progress: Progress
     metadata: Mapping[str, str]  # for the header of saved files
     write_configs: Callable[[Path], None]
-    base_lrs: list[float] = field(default_factory=list)
+    base_lr: float
     saved: Path | None = None  # newest model or adapter of this start
     checkpointed: Path | None = None  # newest checkpoint of this start
     last_eval: int = -1
@@ -122,10 +126,11 @@ def one_step(run: Run) -> None:
     """One optimizer step and its metrics."""
     run.meters.begin_step()
     plan = run.plan.step(run.state.plan_step)
+    built = run.experts.at(run.state.step).built
     lr = set_learning_rate(run)
-    run.built.engine.step_index = run.state.step
+    built.engine.step_index = run.state.step
     batches = None if run.loader is None else run.meters.waiting(run.loader.next_step())
-    loss = run.built.engine.train_step(batches)
+    loss = built.engine.train_step(batches)
     epochs_before = run.state.epochs_done(run.plan)
     run.state = run.state.advanced(plan.shape.samples)
     times = run.meters.end_step(loss, plan.shape.samples, plan.shape.samples * plan.bucket.frames)
@@ -136,18 +141,20 @@ def one_step(run: Run) -> None:
 
 def set_learning_rate(run: Run) -> float:
     """From the step alone, so that a resumed run needs no scheduler state."""
-    settings, optimizer = run.settings, run.built.optimizer
+    settings = run.settings
     factor = learning_rate_factor(settings.schedule, run.state.step, settings.warmup_steps, settings.total_steps)
-    for group, base in zip(optimizer.param_groups, run.base_lrs, strict=True):
-        group["lr"] = base * factor
-    return max(base * factor for base in run.base_lrs)
+    for _, expert in run.experts.items():  # the idle ones too: a checkpoint then depends on the step alone
+        for group in expert.built.optimizer.param_groups:
+            group["lr"] = run.base_lr * factor
+    return run.base_lr * factor
 
 
 def report(run: Run, plan: StepPlan, loss: float, lr: float, times: StepTimes) -> None:
     """Metrics and the live line of a step."""
-    step, norm = run.state.step, run.built.engine.grad_norm
+    step, expert, norm = run.state.step, run.experts.awake, run.experts.engine.grad_norm
     if step % run.settings.logging_steps == 0:
         values = {LOSS: loss, GRAD_NORM: norm, LEARNING_RATE: lr, STEP_S: times.step_s, DATA_WAIT_S: times.data_wait_s}
+        values |= {of_expert(LOSS, expert): loss, of_expert(GRAD_NORM, expert): norm}
         speeds = {SAMPLES_PER_S: times.samples_per_s, FRAMES_PER_S: times.frames_per_s}
         run.metrics.log(run.point(), {**values, **speeds, PEAK_MEMORY_GIB: peak_memory_gib()})
     run.display.update(
@@ -161,6 +168,7 @@ def report(run: Run, plan: StepPlan, loss: float, lr: float, times: StepTimes) -
             step_s=times.step_s,
             samples_per_s=times.samples_per_s,
             eta_s=run.meters.eta_s(run.settings.total_steps - step),
+            expert=expert,
         )
     )
 
@@ -206,32 +214,33 @@ def finish(run: Run) -> None:
 
 
 def evaluate_all(run: Run) -> None:
-    """Losses of every eval dataset."""
+    """Losses of every eval dataset, of every expert."""
     run.last_eval = run.state.step
-    with eval_mode(run.built.optimizer):
-        for eval_set in run.eval_sets:
-            result = evaluate(run.built.engine, eval_set, run.progress if dist.is_main() else None)
-            run.metrics.log(run.point(), result.scalars(eval_set.name))
+    progress = run.progress if dist.is_main() else None
+    for name, found in evaluate_experts(run.experts, run.eval_sets, run.family.expert_shares(), progress).items():
+        run.metrics.log(run.point(), found.scalars(name))
+        for expert, result in found.of.items():
             logger.info(
                 "%s: loss %.4f over %d samples (%.4f at quantile 0.1, %.4f at 0.9)",
-                eval_set.name,
+                of_expert(name, expert),
                 result.loss,
                 result.samples,
                 result.by_quantile[0.1],
                 result.by_quantile[0.9],
             )
+        if len(found.of) > 1:
+            logger.info("%s: loss %.4f over all timesteps", name, found.loss)
 
 
 def save_checkpoint(run: Run) -> None:
-    engine = run.built.engine
+    engine = run.experts.engine
     folder = checkpoint.save(
         run.run_dir,
         run.state,
         epochs_done=run.state.epochs_done(run.plan),
         course=run.course,
         meters=run.meters.state_dict(),
-        trained=run.built.trained,
-        optimizer=run.built.optimizer,
+        parts={name: Part(each.built.trained, each.built.optimizer) for name, each in run.experts.items()},
         stage=engine.stage_id,
         data_rank=engine.data_rank,
         keep_last=run.settings.keep_last,
@@ -244,20 +253,22 @@ def save_checkpoint(run: Run) -> None:
 
 
 def save_model(run: Run, name: str) -> None:
-    engine = run.built.engine
+    engine = run.experts.engine
     now = run.milestones()
     metadata = {**run.metadata, "reelpipe.step": str(now.step), "reelpipe.epoch": str(now.epochs_done)}
-    with eval_mode(run.built.optimizer):
+    with ExitStack() as stack:
+        for _, expert in run.experts.items():
+            stack.enter_context(eval_mode(expert.built.optimizer))
         folder = export(
-            run.family,
+            [Model(expert.family, expert.built.trained, expert.built.base) for _, expert in run.experts.items()],
             run.run_dir / name,
-            run.built.trained,
             is_adapter=run.settings.is_adapter,
             dtype=run.settings.save_dtype,
             stage=engine.stage_id,
             data_rank=engine.data_rank,
             metadata=metadata,
             extras=run.write_configs,
+            formats=run.settings.formats,
         )
     if folder is not None:
         run.last_saved, run.saved = run.state.step, folder

@@ -19,8 +19,10 @@ from utils.monitor.logs import captured_output, log_to_file, quiet_libraries, se
 from utils.monitor.metrics import WandbSettings
 from utils.monitor.progress import CacheProgress
 from utils.train import tell
-from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings, check_settings
+from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings
 from utils.train.engine import init_distributed
+from utils.train.experts import check_experts
+from utils.train.fuse import Fusion
 from utils.train.order import check_order
 from utils.train.prepare import DEFAULT_WORKERS, Prepared, prepare
 from utils.train.run_folder import find_checkpoint, new_run_folder
@@ -72,7 +74,9 @@ def read_config(flags: argparse.Namespace) -> Job:
     for encoder in family.encoders():
         encoder.check()
     notices = require(loaded, dist.world_size(), family.media_spec())
-    check_settings(family, engine_settings(loaded.run))
+    check_experts(family, engine_settings(loaded.run))
+    if loaded.run.adapter:
+        family.check_formats(loaded.run.adapter.type, loaded.run.adapter.save_format)
     if loaded.run.monitoring.enable_wandb:
         wandb_settings(loaded).check()
     resume = None
@@ -125,7 +129,11 @@ def engine_settings(config: RunConfig) -> EngineSettings:
             dtype=DTYPES[adapter.dtype],
             exclude_modules=adapter.exclude_modules,
             init_from_existing=adapter.init_from_existing,
+            kind=adapter.type,
+            factor=adapter.factor,
+            decompose_both=adapter.decompose_both,
         ),
+        fuse=tuple(Fusion(entry.path, entry.weight, entry.expert) for entry in config.fused),
         gradient_clipping=config.gradient_clipping,
         partition_method=config.partition_method,
         partition_split=config.partition_split,

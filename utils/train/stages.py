@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.data.plan import counter_hash
+from utils.train.parking import Parking
 
 Boundary = tuple[Tensor, ...]
 
@@ -26,6 +27,7 @@ class StageRow(NamedTuple):
     parameters: int
     trainable: int
     weight_bytes: int
+    frozen_bytes: int  # of them, not trained
 
 
 def partition(weights: Sequence[int], stages: int, may_cut: Sequence[bool] | None = None) -> list[int]:
@@ -162,6 +164,8 @@ class StagedModule(PipelineModule):
         for parameter in self.parameters():
             assert not parameter.is_meta
             parameter.ds_pipe_replicated = False  # what PipelineModule._build does for the ones it saw
+        del self._fill  # and with it what it reads from
+        self.parking = Parking(self.parameters())
 
     def compile_layers(self) -> None:
         """Let torch compile each checkpointable layer in place; the first step of each shape waits for it."""
@@ -217,6 +221,7 @@ def stage_rows(layers: Sequence[nn.Module], bounds: Sequence[int]) -> list[Stage
                 sum(p.numel() for p in parameters),
                 sum(p.numel() for p in parameters if p.requires_grad),
                 sum(p.numel() * p.element_size() for p in parameters),
+                sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
             )
         )
     return rows

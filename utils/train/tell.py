@@ -9,12 +9,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from models.adapters import TITLES
 from models.base import ModelFamily
 from utils import dist
 from utils.config.schema import RunConfig
 from utils.monitor import console as show
+from utils.train.experts import Experts
 from utils.train.loop import Run
 from utils.train.prepare import Prepared, skipped
+
+# kind of encoder -> what one of its cache entries is to people
+NOUNS = {"latents": "clip", "condition": "condition", "image": "image state", "text": "caption"}
 
 
 def waiting(console: Console) -> None:
@@ -32,7 +37,7 @@ def introduce(
     notices: Sequence[str],
 ) -> None:
     """The first lines."""
-    trains = f"LoRA of rank {config.adapter.rank}" if config.adapter else "all weights"
+    trains = f"{trained(config)} of rank {config.adapter.rank}" if config.adapter else "all weights"
     ranks, stages = dist.world_size(), config.pipeline_stages
     where = torch.cuda.get_device_name() if dist.on_gpu() else "CPU"
     show.show(
@@ -48,12 +53,8 @@ def introduce(
 
 def cache(console: Console, prepared: Prepared, run_dir: Path | None) -> None:
     """What was encoded, and what is left out."""
-    manifests = list(prepared.manifests.values())
-    entries = [entry for manifest in manifests for entry in manifest.entries]
-    latents = {entry.latents_key for entry in entries}
-    texts = {key for entry in entries for key in entry.text_keys} | {m.empty_text_key for m in manifests} - {""}
-    for keys, noun, encoded in ((latents, "clip", prepared.report.latents), (texts, "caption", prepared.report.text)):
-        show.show(console, show.cache_summary(encoded, len(keys), noun))
+    for kind, made in prepared.report.made.items():
+        show.show(console, show.cache_summary(made.encoded, sum(made), NOUNS.get(kind, f"{kind} item")))
     left_out = [(item.path.name, item.reason) for _, item in skipped(prepared.manifests)]
     if left_out:
         show.show(console, show.skipped_table(left_out, full_list=str((run_dir or Path()) / "skipped.jsonl")))
@@ -61,13 +62,12 @@ def cache(console: Console, prepared: Prepared, run_dir: Path | None) -> None:
 
 def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequence[int]]) -> None:
     """Stages, buckets and the arithmetic of an epoch."""
-    stages = [
-        show.StageRow(
-            row.stage, row.first_layer, row.last_layer, row.parameters, row.trainable, row.weight_bytes, ranks[i]
+    show.show(console, show.stage_table(stage_rows(run.experts, ranks)))
+    if len(shares := family.expert_shares()) > 1:
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        show.show(
+            console, f"experts take turns: {parts} of the steps; one is on the device, the other waits in host memory"
         )
-        for i, row in enumerate(run.built.engine.module.rows)
-    ]
-    show.show(console, show.stage_table(stages))
     counts = run.plan.counts()
     buckets = [
         show.BucketRow(
@@ -100,6 +100,26 @@ def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequen
         show.show(console, f"warning: bucket {bucket} does not fill one batch in this run, its clips are never used")
 
 
+def stage_rows(experts: Experts, ranks: Sequence[Sequence[int]]) -> list[show.StageRow]:
+    """A row a stage and expert. Where several take turns, frozen weights have a copy in host memory for good."""
+    rows = [
+        show.StageRow(
+            row.stage,
+            row.first_layer,
+            row.last_layer,
+            row.parameters,
+            row.trainable,
+            row.weight_bytes,
+            ranks[row.stage],
+            name,
+            row.frozen_bytes if name else 0,
+        )
+        for name, expert in experts.items()
+        for row in expert.built.engine.module.rows
+    ]
+    return sorted(rows, key=lambda row: row.stage)
+
+
 def _plain(number: Fraction) -> int | float:
     return number.numerator if number.denominator == 1 else float(number)
 
@@ -108,17 +128,29 @@ def start_command(ranks: int, words: Sequence[str]) -> str:
     """How this run was started, as far as the same run needs it again: its config and its overrides."""
     kept = [words[i : i + 2] for i, word in enumerate(words[:-1]) if word in ("--config", "--set")]
     kept += [[word] for word in words if word.startswith(("--config=", "--set="))]
-    pairs = " ".join(shlex.join(pair) for pair in kept)
+    pairs = " ".join(quoted(word) for pair in kept for word in pair)
     return f"deepspeed --num_gpus={ranks} train.py --deepspeed {pairs}"
 
 
-def goodbye(console: Console, run: Run, finished: bool) -> None:
+def quoted(word: str) -> str:
+    """For a shell. TOML's strings have single quotes, which `shlex.quote` makes unreadable."""
+    plain = "'" in word and not set(word) & set('"$`\\!')
+    return f'"{word}"' if plain else shlex.quote(word)
+
+
+def trained(config: RunConfig) -> str:
+    """What comes out, in a word."""
+    return TITLES[config.adapter.type] if config.adapter else "model"
+
+
+def goodbye(console: Console, config: RunConfig, run: Run, finished: bool) -> None:
     """Where everything is and what to run next."""
     if not dist.is_main():
         return
     paths: dict[str, object] = {"run folder": run.run_dir}
     if run.saved is not None:
-        paths["trained " + ("LoRA" if run.settings.is_adapter else "model")] = run.saved
+        names = " and ".join(filter(None, run.experts))
+        paths[f"trained {trained(config)}" + (names and f"s of {names}")] = run.saved
     if run.checkpointed is not None:
         paths["checkpoint"] = run.checkpointed
     paths["numbers"] = run.run_dir / "metrics.jsonl"
