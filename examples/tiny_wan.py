@@ -131,6 +131,8 @@ def model_index(modules: Modules) -> dict[str, object]:
         }
     if modules.clip is not None:
         index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+    if variant.model_type == "ti2v":
+        index["expand_timesteps"] = True
     return index
 
 

@@ -8,6 +8,7 @@ import pytest
 import toml
 
 import train
+from models.convert import __main__ as convert
 from models.wan.config import WanModelConfig
 from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
 from utils.config.fields import Refused
@@ -96,21 +97,28 @@ def test_train_takes_the_flags_that_are_shown():
         assert config.name.startswith("my_") or (ROOT / config).is_file()
 
 
+def test_convert_takes_the_commands_that_are_shown():
+    lines = [shlex.split(line, comments=True) for line in "\n".join(blocks(README, "bash")).splitlines()]
+    shown = [words[3:] for words in lines if words[:3] == ["python", "-m", "models.convert"]]
+    assert {convert.parser().parse_args(words).command for words in shown} == {"lora", "merge", "resize", "inspect"}
+
+
 def test_flags_in_the_text_are_known(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--help"])
+    for arguments in ("--help", "lora --help", "merge --help", "resize --help"):
+        parse = convert.parser().parse_args if " " in arguments else train.parse_arguments
+        with pytest.raises(SystemExit):
+            parse(arguments.split())
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     launchers = {"--num_gpus", "--master_port", "--master_addr", "--hostfile", "--nnodes", "--node_rank"}
     text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
-    others = {"--deepspeed", "--logdir", "--version"}  # hidden, and other programs'
+    others = {"--deepspeed", "--logdir", "--version", "--local"}  # hidden, and other programs'; --local-dir of hf
     assert set(re.findall(r"--\w+", text)) <= known | launchers | others
 
 
 def test_tomls_that_are_shown_have_known_keys():
-    shown = [toml.loads(text) for text in blocks(README, "toml")]
-    assert len(shown) == 2
-    DatasetConfig.model_validate(shown[0])
-    assert set(shown[1]["model"]) <= set(WanModelConfig.model_fields)
+    model, dataset = (toml.loads(text) for text in blocks(README, "toml"))
+    DatasetConfig.model_validate(dataset)
+    WanModelConfig.model_validate(model["model"])
 
 
 def test_what_differs_from_diffusion_pipe_names_every_refused_key():
@@ -126,6 +134,7 @@ def test_what_differs_from_diffusion_pipe_names_every_refused_key():
 
 def test_names_with_underscores_are_keys():
     """A key that is renamed must be renamed in the README too."""
-    others = {"save_quit", "multiple_overlapping", "adamw_optimi", "fp8_scaled", "high_noise_model", "low_noise_model"}
+    others = {"save_quit", "multiple_overlapping", "adamw_optimi", "high_noise", "low_noise"}
+    others |= {"fp8_scaled", "scale_weight", "weight_scale", "comfy_quant", "logit_normal"}
     words = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", README))
     assert words - {key for schema in SCHEMAS for key in schema.model_fields} <= others

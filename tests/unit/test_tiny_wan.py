@@ -1,4 +1,4 @@
-"""The tiny checkpoint maker and the example data: reproducible, the same in every layout, readable by the libraries."""
+"""The tiny checkpoint maker and the example data: reproducible, every variant alike in all layouts, read by libraries."""
 
 import hashlib
 import subprocess
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from models.base import ClipEnds
+from models.wan.family import WanFamily
 from models.wan.keymaps import TRANSFORMER
 from models.wan.text import WanTextEncoder
 from models.wan.vae import WanVAEEncoder
@@ -22,6 +24,17 @@ CPU = torch.device("cpu")
 PARTS = {
     "official": ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"),
     "diffusers": ("vae", "text_encoder", "tokenizer"),
+}
+
+
+# variant -> what it is, keys of [model] that it needs, and what diffusers runs it with
+VARIANTS = {
+    "t2v": ("Wan2.1 T2V", {}, "WanPipeline"),
+    "i2v": ("Wan2.1 I2V", {}, "WanImageToVideoPipeline"),
+    "flf2v": ("Wan2.1 FLF2V", {}, "WanImageToVideoPipeline"),
+    "t2v-a14b": ("Wan2.2 T2V-A14B low noise", {"expert": "low"}, "WanPipeline"),
+    "i2v-a14b": ("Wan2.2 I2V-A14B low noise", {"expert": "low"}, "WanImageToVideoPipeline"),
+    "ti2v": ("Wan2.2 TI2V-5B", {}, "WanPipeline"),
 }
 
 
@@ -66,6 +79,38 @@ def test_both_layouts_hold_the_same_weights(folders):
     for one, other in ((entries[0], entries[2]), (entries[1], entries[3])):
         for name, tensor in one.items():
             assert torch.equal(tensor, other[name])
+
+
+def test_the_lists_above_are_all_there_is():
+    assert set(tiny_wan().VARIANTS) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_is_the_same_in_both_layouts(tmp_path, variant):
+    """By its weights, by what its encoders make of one clip, and to diffusers."""
+    title, keys, pipeline = VARIANTS[variant]
+    frames = torch.randint(0, 256, (5, 32, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    items = {"pixels": frames, "ends": ClipEnds(frames[[0, -1]], 5), "caption": "a rabbit yawns"}
+    seen = []
+    for layout in PARTS:
+        folder = tiny_checkpoint(tmp_path, layout, variant=variant, **SMALL)
+        family = WanFamily(WanFamily.Config(ckpt_path=folder, dtype="float32", **keys))
+        assert family.title == f"{title} custom size"
+        reader = family.open_weights()
+        tensors = {name: reader.read(name) for name in reader.names()}
+        for encoder in family.encoders():
+            encoder.load(CPU)
+            tensors |= encoder.encode([items[encoder.reads]])[0]
+        seen.append(tensors)
+    assert seen[0].keys() == seen[1].keys()
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in seen[0].items())
+
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "diffusers", local_files_only=True)
+    assert type(loaded).__name__ == pipeline
+    trained = loaded.transformer_2 if keys else loaded.transformer
+    assert all(torch.equal(tensor, seen[0][name]) for name, tensor in trained.named_parameters())
+    assert loaded.config.boundary_ratio == ({"t2v-a14b": 0.875, "i2v-a14b": 0.9}.get(variant))
+    assert loaded.config.expand_timesteps == (variant == "ti2v")
 
 
 def test_latents_have_about_zero_mean_and_unit_spread(folders):
@@ -119,9 +164,9 @@ def test_sizes_that_cannot_be_are_refused_and_leave_nothing(tmp_path, sizes, wor
 
 
 def test_the_script_runs_from_anywhere(tmp_path):
-    command = [sys.executable, str(SCRIPT), "here", "--layers", "2", "--dim", "48", "--heads", "2"]
+    command = [sys.executable, str(SCRIPT), "here", "--variant", "i2v-a14b", "--layers", "2", "--dim", "48"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "here: written" and (tmp_path / "here" / "config.json").is_file()
+    assert run.stdout.strip() == "here: written" and (tmp_path / "here" / "low_noise_model" / "config.json").is_file()
 
 
 def test_example_data_has_captions_credits_and_a_real_holdout():
