@@ -19,6 +19,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="go on with the newest run, or with the named run folder, or with RUN/global_stepN",
     )
     parser.add_argument("--cache_only", action="store_true", help="encode the datasets and stop")
+    parser.add_argument("--plan", action="store_true", help="count, look at the clips, tell and stop; needs no weights")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="with --plan: a contact sheet of all clips")
     parser.add_argument("--regenerate_cache", action="store_true", help="encode again what is in the cache already")
     parser.add_argument("--trust_cache", action="store_true", help="accepted; the cache only ever reads what changed")
     parser.add_argument("--reset_dataloader", action="store_true", help="on resume, start the data from its beginning")
@@ -30,7 +32,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.html and not flags.plan:
+        parser.error("--html goes with --plan")
+    return flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,12 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.train.assemble import build_run
     from utils.train.errors import reported
     from utils.train.loop import train
-    from utils.train.setup import join, prepare_data, read_config
+    from utils.train.preview import preview
+    from utils.train.setup import join, prepare_data, read_config, watch
     from utils.train.tell import goodbye
 
     with reported() as outcome:
+        if flags.plan:
+            preview(flags)
+            return 0
         job = read_config(flags)
         join(job)
+        outcome.watch(watch(job), job.loaded)
         data = prepare_data(job)
         if not flags.cache_only:
             run = build_run(job, data)

@@ -5,7 +5,7 @@ width, h w pixels, L tokens, S caption tokens, D width. t and sigma lie in [0, 1
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -21,6 +21,22 @@ class MediaSpec(NamedTuple):
     pixel_multiple: int  # both sides of a bucket are multiples of this, px
     frame_stride: int  # a clip has frame_stride * k + 1 frames
     images: bool  # whether a clip of one frame can be trained on
+
+
+class Outline(NamedTuple):
+    """What can be told of a model before its weights are there: enough to count clips, steps and bytes.
+
+    Sizes are (width px, height px, frames).
+    """
+
+    title: str
+    media: MediaSpec
+    tokens: Callable[[int, int, int], int]  # length of one sample inside the model
+    cache_bytes: Callable[[int, int, int], Mapping[str, int]] | None = None  # what a clip takes, by kind of encoder
+    caption_token_bytes: int = 0  # what a token of a caption takes in the cache
+    max_caption_tokens: int | None = None  # the rest of a caption is cut off
+    count_caption_tokens: Callable[[str], int] | None = None  # None where there is no tokenizer
+    notes: Sequence[str] = ()  # what was assumed, and what the start will find missing
 
 
 class Draw(NamedTuple):
@@ -94,6 +110,12 @@ class ModelFamily(ABC):
     """
 
     Config: ClassVar[type]
+
+    @classmethod
+    def outline(cls, config: Any) -> Outline:
+        """What `--plan` counts with. This one needs the weights; a family that can do without them has its own."""
+        family = cls(config)
+        return Outline(family.title, family.media_spec(), family.tokens)
 
     @property
     @abstractmethod
@@ -183,8 +205,8 @@ class ModelFamily(ABC):
         return ""
 
     def expert_shares(self) -> Mapping[str, float]:
-        """Share of the timestep distribution, and in the long run of the steps, that each of `experts` takes; the sum
-        is 1. The losses of held-out data are weighted with it."""
+        """Share of the steps, in the long run, that each of `experts` takes; the sum is 1. Unless the user chose it, it
+        is the share of the timestep distribution. The losses of held-out data are weighted with it."""
         return {"": 1.0}
 
     @abstractmethod

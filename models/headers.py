@@ -111,7 +111,9 @@ def refuse_foreign(file: Path, start: bytes, is_safetensors: bool) -> None:
     for magic, what in MAGIC.items():
         if start.startswith(magic):
             raise ForeignFileError(f"{file}: {what}")
-    if is_safetensors and start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+    # a header's length may have the bytes of a pickle's beginning: 640 bytes is b"\x80\x02"
+    is_torch = start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[HEADER_LENGTH_BYTES:][:1] != b"{"
+    if is_safetensors and is_torch:
         raise ForeignFileError(f"{file}: this is a file of torch.save, not safetensors; rename it to end in .pth")
     if not is_safetensors and start[HEADER_LENGTH_BYTES:].startswith(b'{"'):
         raise ForeignFileError(f"{file}: this is a safetensors file; rename it to end in .safetensors")

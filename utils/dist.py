@@ -43,6 +43,11 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if on_gpu() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """The accelerator in words, or `CPU`."""
+    return torch.cuda.get_device_name() if on_gpu() else "CPU"
+
+
 def claim_device() -> None:
     """Make this rank's GPU the current one, where GPUs are used.
 

@@ -16,8 +16,8 @@ from models.weights import read_header
 
 
 def convert(source: Path, out: Path, to: str, base: Path | None, force: bool, console: Console) -> None:
-    """Write the adapter `source` to `out` in the format `to`, one of `FORMATS`: nothing is rounded, and alpha is kept
-    where the format has a place for it.
+    """Write the adapter `source` to `out` in the format `to`, one of `FORMATS`. Alpha is kept where the format has a
+    place for it; nothing is rounded, unless alpha has to be multiplied into matrices of 16 bits.
 
     Args:
         base: the model it belongs to, which a DoRA is needed for.

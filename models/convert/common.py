@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from models.wan import variants
 from models.wan.identify import TRANSFORMER_KEY, hint_for
 from models.wan.keymaps import TRANSFORMER
-from models.wan.layouts import TRANSFORMER_PLACES, TRANSFORMER_STEM, expert_folders, named_expert
+from models.wan.layouts import TRANSFORMER_PLACES, TRANSFORMER_STEM, WEIGHT_SUFFIXES, expert_folders, named_expert
 from models.wan.variants import Architecture, Variant
 from models.weights import WeightReader, weight_files
 
@@ -89,14 +89,25 @@ def file_to_write(out: Path, force: bool) -> Path:
 
 
 @contextmanager
-def folder_to_write(out: Path, force: bool) -> Iterator[Path]:
-    """A folder that takes the place of `out` when all is well, and is gone when it is not."""
+def folder_to_write(out: Path, force: bool, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """A folder that takes the place of `out` when all is well, and is gone when it is not.
+
+    Args:
+        force: an `out` that is there may go, if it holds nothing but a transformer.
+        sources: files that are read, which must not go with it.
+
+    Raises:
+        ValueError: `out` is there and stays.
+    """
+    if out.is_file() or out.suffix in WEIGHT_SUFFIXES:
+        raise ValueError(f"--out = '{out}' is a file's name; name a folder")
     if out.exists() and not force:
         raise ValueError(f"'{out}' is there already; choose another name, or add --force to replace it")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out = '{out}' is a file; name a folder")
-    staging = out.with_name(f"tmp-{out.name}")
-    shutil.rmtree(staging, ignore_errors=True)
+    if read := next((file for file in sources if file.resolve().is_relative_to(out.resolve())), None):
+        raise ValueError(f"--out = '{out}' holds '{read}', which is read; name another folder")
+    if others := sorted(path.name for path in out.glob("*") if not _of_transformer(path)):
+        raise ValueError(f"--out = '{out}' holds {others[0]}, which is no part of a transformer; name another folder")
+    staging = out.with_name(f".{out.name}.partial-{os.getpid()}")
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -104,6 +115,10 @@ def folder_to_write(out: Path, force: bool) -> Iterator[Path]:
         os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _of_transformer(path: Path) -> bool:
+    return path.is_file() and (path.name == "config.json" or path.name.startswith(TRANSFORMER_STEM))
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Adapters merged into a whole transformer, tensor by tensor, with no more than a shard of it in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from models.adapters import by_module, delta_weight
+from models.adapters import by_module
 from models.convert.common import BaseModel, device_of, folder_to_write, open_model, progress, tell
+from models.fused import FusedWeights, LoadedAdapter
 from models.wan import export
 from models.wan.adapter_files import base_weights
 from models.wan.adapter_reader import LinearShape, load_adapter
@@ -16,8 +18,6 @@ from models.wan.export import Layout
 from models.wan.keymaps import TRANSFORMER
 from models.wan.metadata import of_model
 from models.weights import WeightReader
-
-Parts = Mapping[str, Tensor]
 
 
 def merge(
@@ -48,38 +48,30 @@ def merge(
         for name, shape in model.reader.shapes().items()
         if name.endswith(".weight") and len(shape) == 2
     }
-    weights = base_weights(lambda: model.reader)
-    adapters = [(by_module(load_adapter(path, linears, model.suffix, weights)), factor) for path, factor in lora]
+    adapters: list[LoadedAdapter] = []
+    for path, factor in lora:
+        # a DoRA counts from what the adapters before it made of the weights, as ComfyUI has it
+        weights = base_weights(partial(FusedWeights, model.reader, tuple(adapters), place))
+        tensors = load_adapter(path, linears, model.suffix, weights)
+        adapters.append(LoadedAdapter(str(path), factor, by_module(tensors)))
+    merged = FusedWeights(model.reader, adapters, place)
     dtypes = _result_dtypes(model, dtype)
     sizes = {name: _bytes(shape, dtypes[name]) for name, shape in sorted(model.reader.shapes().items())}
     told = {"reelpipe.merged": ", ".join(f"{path.name} * {factor:g}" for path, factor in lora)}
     told = of_model({"base_model": model.title, **told}, model.variant, model.sizes, model.suffix)
-    with folder_to_write(out, force) as folder, progress(console, "merge") as bar:
+    sources = [*model.files, *(path for path, _ in lora)]
+    with folder_to_write(out, force, sources) as folder, progress(console, "merge") as bar:
         bar.update(bar.task_ids[0], total=len(sizes))
 
         def read(name: str) -> Tensor:
             bar.advance(bar.task_ids[0])
-            return merged(name, model.reader.read(name), adapters, place).to(dtypes[name])
+            return merged.read(name).to(dtypes[name])
 
         config = export.config_of(model.sizes, model.variant, layout)
         export.stream_full(sizes, read, folder, config, told, layout=layout)
     total = sum(sizes.values()) / 2**30
     count = f"{len(adapters)} adapter{'s' * (len(adapters) > 1)}"
     tell(console, [f"{out}: {model.title}, {count} in it, {total:.2f} GiB, {layout} names"])
-
-
-def merged(
-    name: str, tensor: Tensor, adapters: Sequence[tuple[Mapping[str, Parts], float]], device: torch.device
-) -> Tensor:
-    """A parameter of the base, on the CPU, with the adapters' changes added; as it is where none changes it."""
-    module, _, leaf = name.rpartition(".")
-    changes = [(modules[module], factor) for modules, factor in adapters if leaf == "weight" and module in modules]
-    if not changes:
-        return tensor
-    weight = tensor.to(device, torch.float32)
-    for parts, factor in changes:
-        weight = weight + factor * delta_weight({part: t.to(device) for part, t in parts.items()}, weight)
-    return weight.cpu()
 
 
 def _result_dtypes(model: BaseModel, dtype: str | None) -> dict[str, torch.dtype]:

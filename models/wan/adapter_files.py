@@ -136,6 +136,8 @@ def write_adapter(adapter: Adapter, file: Path, format_name: str, base: BaseWeig
     if kind == "dora" and DORA_SCALE in form.parts:
         told[DORA_NORM] = "base"
     if form.alpha == "folded":
+        # what the header says must be what the matrices still need, or a tool that reads it would scale twice
+        told |= {"alpha": str(adapter.rank), "reelpipe.alpha": f"{adapter.alpha:g}"}
         told[DIFFUSERS_METADATA] = json.dumps(_diffusers_metadata(adapter, kind), sort_keys=True)
     if format_name == "kohya":
         told = for_kohya(told, kind, adapter.rank, adapter.alpha)
@@ -166,12 +168,16 @@ def with_dora_part(
     if base is None:
         raise ValueError("a DoRA changes its form between these formats, which takes the model's weights; name them")
     weight = base(module).float()
-    adapted = row_norms(weight + scale * (parts[LORA_B].float() @ parts[LORA_A].float()))
-    ratio = row_norms(weight) / adapted
+    plain, adapted = row_norms(weight), row_norms(weight + scale * (parts[LORA_B].float() @ parts[LORA_A].float()))
     pair = {part: parts[part] for part in (LORA_A, LORA_B)}
     if wanted == DORA_SCALE:
-        return {**pair, DORA_SCALE: (parts[MAGNITUDE].float() * ratio)[:, None]}
-    return {**pair, MAGNITUDE: parts[DORA_SCALE].float()[:, 0] / ratio}
+        return {**pair, DORA_SCALE: (parts[MAGNITUDE].float() * _quotient(plain, adapted))[:, None]}
+    return {**pair, MAGNITUDE: parts[DORA_SCALE].float()[:, 0] * _quotient(adapted, plain)}
+
+
+def _quotient(above: Tensor, below: Tensor) -> Tensor:
+    """`above` / `below`, and `above` where `below` is 0: a row of zeros stays one, and is no NaN in anybody's file."""
+    return above / torch.where(below > 0, below, 1)
 
 
 def _diffusers_metadata(adapter: Adapter, kind: str) -> dict[str, Any]:

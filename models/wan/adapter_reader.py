@@ -92,8 +92,9 @@ def adapter_file(path: Path, suffix: str = "") -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: there are several, and none is the one that `suffix` asks for.
+        ValueError: there are several, and none is the one that `suffix` asks for; or it is a training checkpoint.
     """
+    _refuse_checkpoint(path)
     if path.is_file():
         return path
     for ending in dict.fromkeys((suffix, "")):
@@ -105,9 +106,23 @@ def adapter_file(path: Path, suffix: str = "") -> Path:
     if len(found) == 1 and not others:
         return found[0]
     if not found:
-        raise FileNotFoundError(f"no LoRA at '{path}'")
+        stems = tuple(form.stem for form in FORMATS.values())
+        inside = {file.parent.name for file in path.glob("*/*.safetensors") if file.name.startswith(stems)}
+        mend = f"; it has folders with one, name one of them: {', '.join(sorted(inside))}" if inside else ""
+        raise FileNotFoundError(f"no LoRA at '{path}'{mend}")
     names = ", ".join(file.name for file in found)
     raise ValueError(f"'{path}' holds {names}: name the file that is meant instead of the folder")
+
+
+def _refuse_checkpoint(path: Path) -> None:
+    """A checkpoint of ours has the tensors of some stages, less their alpha: read as an adapter it would be another."""
+    folder = path.parent if path.is_file() else path
+    is_part = path.is_dir() or path.name.startswith("weights_")
+    if is_part and (folder / "state.json").is_file() and any(folder.glob("weights_*.safetensors")):
+        raise ValueError(
+            f"'{path}' is a checkpoint, for --resume_from_checkpoint alone; name a folder that was saved beside it, "
+            "such as epoch1 or step100"
+        )
 
 
 def read_adapter(file: Path, known: Mapping[str, Any] | None = None) -> Adapter:

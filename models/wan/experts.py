@@ -7,7 +7,7 @@ from typing import get_args
 
 from models import flow_match
 from models.wan.config import WanModelConfig
-from models.wan.layouts import Expert, TransformerFiles, expert_folders
+from models.wan.layouts import EXPERT_FOLDERS, Expert, TransformerFiles, expert_folders
 from models.wan.variants import T2V_A14B, Architecture, Variant
 
 EXPERTS: tuple[Expert, ...] = get_args(Expert)
@@ -35,9 +35,10 @@ def settle(
         variant = T2V_A14B
     if variant.boundary is None:
         if config.expert:
+            named = " by its name" if is_t2v and sizes.dim not in OTHER_SIZES else ""
             raise ValueError(
                 f"[model] expert = '{config.expert}' is for Wan2.2 A14B, and {transformer.location} is "
-                f"{variant.title}, which has no experts; remove expert"
+                f"{variant.title}{named}, which has no experts; remove expert{', or rename it' if named else ''}"
             )
         return variant, None
     variant = variant._replace(boundary=_told_boundary(transformer) or variant.boundary)
@@ -46,6 +47,12 @@ def settle(
     expert = config.expert or transformer.expert or _range_expert(config, variant)
     if expert is None:
         raise ValueError(_undecided(config, transformer, variant))
+    high, low = EXPERT_FOLDERS[1]
+    if expert == "low" and transformer.key == "ckpt_path" and transformer.files[0].parent.name == high:
+        raise ValueError(
+            f"[model] ckpt_path = '{config.ckpt_path}' has {high} only, which is the high-noise expert, and "
+            f"the low-noise one is {low}; download it there"
+        )
     fits = _range_of(config, variant, expert) is not None
     if not fits or transformer.expert not in (None, expert):
         raise ValueError(_contradiction(config, transformer, variant))
@@ -56,7 +63,7 @@ def _may_be_expert(config: WanModelConfig, transformer: TransformerFiles, sizes:
     """Whether tensors that Wan2.1 T2V and Wan2.2 T2V-A14B have alike are the latter's."""
     if sizes.dim in OTHER_SIZES:
         return False
-    return bool(config.expert or transformer.expert) or (pair and not _names_wan21(transformer))
+    return bool(transformer.expert) or (bool(config.expert or pair) and not _names_wan21(transformer))
 
 
 def _names_wan21(transformer: TransformerFiles) -> bool:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from models.files import write_json, write_tensors
 from models.wan.adapter_formats import official_name
-from models.wan.layouts import TRANSFORMER_STEM
+from models.wan.adapter_reader import EXPERT_SUFFIXES
+from models.wan.layouts import EXPERT_FOLDERS, TRANSFORMER_STEM
 from models.wan.variants import Architecture, Variant
 from models.weights import INDEX_SUFFIX
 
@@ -23,16 +24,16 @@ DIFFUSERS_CONFIG = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 1024,
 }
-# suffix of an expert's files -> its folder in each layout
-EXPERT_FOLDERS: dict[str, dict[Layout, str]] = {
-    "_high_noise": {"official": "high_noise_model", "diffusers": "transformer"},
-    "_low_noise": {"official": "low_noise_model", "diffusers": "transformer_2"},
+# layout -> suffix of an expert's files -> its folder
+FOLDERS: dict[Layout, dict[str, str]] = {
+    layout: dict(zip(EXPERT_SUFFIXES, folders, strict=True))
+    for layout, folders in zip(("official", "diffusers"), EXPERT_FOLDERS, strict=True)
 }
 
 
 def model_folder(folder: Path, layout: Layout, suffix: str) -> Path:
     """Where in `folder` a transformer lies; `suffix` is its expert's (`_high_noise`), or nothing."""
-    return folder / EXPERT_FOLDERS[suffix][layout] if suffix else folder
+    return folder / FOLDERS[layout][suffix] if suffix else folder
 
 
 def config_of(sizes: Architecture, variant: Variant, layout: Layout) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import flow_match
 from models.adapters import by_module, kind_of
-from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily, WeightSource
+from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily, Outline, WeightSource
 from models.targets import without_excluded
 from models.wan import conditioning, export, variants
 from models.wan.adapter_files import BaseWeights, base_weights, save_adapter
@@ -30,6 +30,7 @@ from models.wan.layers import (
 )
 from models.wan.layouts import WanFiles
 from models.wan.metadata import of_model
+from models.wan.outline import num_tokens, outline
 from models.wan.storage import choose_storage, swap_casting_modules
 from models.wan.variants import TEXT_LENGTH
 from models.weights import WeightReader
@@ -67,6 +68,10 @@ class WanFamily(ModelFamily):
         self._files: WanFiles = found.files
         turns = list(self._experts.values())
         self._t_range = turns[0]._t_range if turns else t_range(config, self._variant, self._expert)
+
+    @classmethod
+    def outline(cls, config: WanModelConfig) -> Outline:
+        return outline(config)
 
     def _take_turns(self, problems: list[str]) -> dict[str, "WanFamily"]:
         """The two of `expert = "both"`, high noise first; what is wrong with them goes into `problems`."""
@@ -108,10 +113,7 @@ class WanFamily(ModelFamily):
         return self._variant.media
 
     def tokens(self, width: int, height: int, frames: int) -> int:
-        """T * H/2 * W/2: the VAE takes 4 x 8 x 8 pixels to one latent, Wan2.2's 4 x 16 x 16, and a patch 1 x 2 x 2
-        latents to one token."""
-        token_px = self.media_spec().pixel_multiple
-        return ((frames - 1) // 4 + 1) * (height // token_px) * (width // token_px)
+        return num_tokens(self.media_spec(), width, height, frames)
 
     def encoders(self) -> Sequence[Encoder]:
         """VAE, what the variant makes of given frames, then UMT5."""

@@ -65,7 +65,6 @@ class WanFiles(NamedTuple):
     """What was found."""
 
     transformer: tuple[Path, ...]  # all shards, also those that are absent
-    transformer_config: Path | None  # None where shapes have to tell
     vae: Path  # file or diffusers folder
     text: Path  # file or transformers folder
     tokenizer: Path | None  # folder; None where the text encoder's file carries it
@@ -120,7 +119,7 @@ def find_files(
     if problems:
         return None
     assert transformer and vae and text
-    return WanFiles(transformer.files, transformer.config, vae, text, tokenizer, clip)
+    return WanFiles(transformer.files, vae, text, tokenizer, clip)
 
 
 def expert_folders(folder: Path | None) -> dict[Expert, Path]:
@@ -184,8 +183,8 @@ def _expert_transformer(config: WanModelConfig, experts: dict[Expert, Path], pro
     if found := weight_files(experts[wanted], TRANSFORMER_STEM):
         return found
     problems.append(
-        f"{key} has no transformer for expert = '{config.expert}'; looked for "
-        f"{experts[wanted].name}/{TRANSFORMER_STEM}*.safetensors. Download it there, or set transformer_path"
+        f"{key} has no transformer for the {wanted}-noise expert; looked for "
+        f"{experts[wanted].name}/{TRANSFORMER_STEM}*.safetensors. Download it there"
     )
     return []
 
@@ -228,7 +227,8 @@ def _one(what: str, key: str, config: WanModelConfig, places: Sequence[str], pro
     if given is not None:
         if given.is_dir() or (given.suffix in WEIGHT_SUFFIXES and given.is_file()):
             return given
-        wrong = f"is not one of {', '.join(WEIGHT_SUFFIXES)}" if given.is_file() else "does not exist"
+        kinds = f"is not one of {', '.join(WEIGHT_SUFFIXES)}{'; GGUF cannot be read' * (given.suffix == '.gguf')}"
+        wrong = kinds if given.is_file() else "does not exist"
         problems.append(f"[model] {key} = '{given}' {wrong}")
         return None
     if folder is None:
@@ -260,7 +260,10 @@ def _comfyui(key: str, folder: Path) -> str | None:
 def _tokenizer(config: WanModelConfig, text: Path | None, problems: list[str]) -> Path | None:
     if config.tokenizer_path is not None:
         if not config.tokenizer_path.is_dir():
-            problems.append(f"[model] tokenizer_path = '{config.tokenizer_path}' is not a folder")
+            problems.append(
+                f"[model] tokenizer_path = '{config.tokenizer_path}' is not a folder; name the one that holds "
+                "tokenizer.json or spiece.model"
+            )
         return config.tokenizer_path
     roots = [root for root in (config.ckpt_path, config.llm_path and config.llm_path.parent) if root]
     for folder in (root / place for root in roots for place in TOKENIZER_PLACES):

@@ -184,7 +184,7 @@ def detect(sizes: Architecture, names: Collection[str]) -> Variant:
     if variant is None:
         raise ValueError(f"a transformer with {channels[0]} channels in and {channels[1]} out is no known Wan")
     if variant.media is None:
-        supported = ", ".join(row.title for row in VARIANTS if row.media)
+        supported = ", ".join(sorted(row.title for row in (*VARIANTS, T2V_A14B) if row.media))
         raise ValueError(
             f"this is {variant.title} ({size_name(sizes)}, {channels[0]} channels in, {channels[1]} out), which cannot "
             f"be trained yet; supported: {supported}"

@@ -122,6 +122,14 @@ def test_an_adapter_starts_without_effect_and_learns(family, name, kind):
         assert forward(family, skeleton, name).mean() < before.mean()
 
 
+def test_an_outline_counts_as_the_family_does(family):
+    outline = family.outline(getattr(family, "_config", None))
+    assert (outline.title, outline.media) == (family.title, family.media_spec())
+    assert outline.tokens(64, 96, 9) == family.tokens(64, 96, 9)
+    if outline.cache_bytes:
+        assert set(outline.cache_bytes(64, 96, 9)) == {e.kind for e in family.encoders() if e.reads != "caption"}
+
+
 @pytest.mark.parametrize("kind", adapters.KINDS)
 def test_a_saved_adapter_loads_back(family, tmp_path, kind):
     skeleton = family.build_skeleton()

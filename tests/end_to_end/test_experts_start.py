@@ -100,6 +100,8 @@ def test_steps_are_taken_in_turns_and_told(start):
     assert held_out["held_out/loss"] == pytest.approx(mean)
     record = json.loads((start.run / "run.json").read_text())[-1]
     assert record["turns of the experts"].startswith("2 low_noise, 2 high_noise, 2 low_noise")
+    course = json.loads(next(start.run.glob("global_step*/state.json")).read_text())["course"]
+    assert course["model"] == "Wan2.2 T2V-A14B both experts custom size", "or a resume could take another for it"
 
 
 def test_what_is_shown_names_both(start):

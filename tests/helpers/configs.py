@@ -53,7 +53,9 @@ class StandInConfig(BaseModel):
     transformer_dtype: str | None = None
     dtype: str = "bfloat16"
     expert: str | None = None
+    save_layout: str = "official"
     timestep_sample_method: str = "logit_normal"
+    sigmoid_scale: float = 1.0
     min_t: float = Field(0.0, ge=0, le=1)
 
 

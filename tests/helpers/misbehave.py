@@ -14,3 +14,9 @@ def die_or_hang(item: str) -> int:
     if item == "raises":
         raise KeyError(item)
     return os.getpid()
+
+
+def nap(seconds: float) -> float:
+    """Takes its time."""
+    threading.Event().wait(seconds)
+    return seconds

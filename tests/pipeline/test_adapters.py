@@ -115,7 +115,6 @@ def train(folder: Path, cases: list[dict]) -> list[dict]:
             return build_engine(ToyFamily(), settings, torch.device("cpu"))  # noqa: B023
 
         whole = build()
-        whole = build()
         result = {"losses": run(whole, range(STEPS)), "weights": {n: p.detach() for n, p in whole.trained.items()}}
         if case["stages"] == 2:
             first, resumed = build(), build()

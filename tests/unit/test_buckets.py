@@ -23,6 +23,12 @@ class Settings:
     ar_buckets: tuple = ()
     frame_buckets: tuple = (1, 33, 65)
     size_buckets: tuple = ()
+    video_clip_mode: str | None = None
+    frame_stride: int = 1
+    frame_sample: int = 1
+    max_frames: int = 129
+    fps: str | float = "model"
+    short_clips: str = "skip"
 
 
 def media(width=1280, height=720, frames=100, fps=16, is_video=True):
@@ -105,8 +111,8 @@ def test_kinds_without_a_bucket_are_told_what_to_add():
 def test_a_model_without_images_refuses_them():
     spec = SPEC._replace(images=False)
     assert assign(Settings(), image(), spec) == (
-        "is an image, and this model trains on clips of at least 5 frames; images are skipped, give it videos or choose "
-        "a model that takes images"
+        "is an image, and this model trains on clips of at least 5 frames; images are skipped, give it videos or "
+        "choose a model that takes images"
     )
     assert assign(Settings(), media(), spec) == [Bucket(512, 512, 65)]
     both = Settings(size_buckets=((512, 512, 1), (256, 256, 33)))
@@ -116,7 +122,7 @@ def test_a_model_without_images_refuses_them():
 
 @pytest.mark.parametrize("settings", [Settings(frame_buckets=(1,)), Settings(size_buckets=((512, 512, 1),))])
 def test_a_model_without_images_needs_a_length_for_videos(settings):
-    with pytest.raises(ValueError, match="all are of 1 frame, and this model trains on .* at least 5; add .* as 33"):
+    with pytest.raises(ValueError, match=r"all are of 1 frame, and this model trains on .* at least 5; add .* as 33"):
         bucket_table(settings, SPEC._replace(images=False))
     bucket_table(settings, SPEC)
 

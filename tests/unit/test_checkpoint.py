@@ -65,10 +65,12 @@ def test_what_was_saved_comes_back(tmp_path):
     assert again is not optimizer
 
 
-def test_two_stages_load_into_one_and_one_into_two(tmp_path):
+def test_two_stages_load_into_one_and_one_into_two(tmp_path, monkeypatch):
     """The format knows names, not stages."""
     whole = trained()
     folder = save(tmp_path, parameters=whole)
+    other_stage = json.dumps({"": list("ab")})
+    monkeypatch.setattr(checkpoint.dist, "gather_text", lambda told: [other_stage, told])
     half = {name: nn.Parameter(torch.zeros(3, 2)) for name in "cd"}
     optimizer = build_optimizer("adamw", list(half.items()), lr=0.1)
     checkpoint.load(folder, {"": Part(half, optimizer)})
@@ -104,9 +106,27 @@ def test_other_tensors_than_were_saved(tmp_path):
     folder = save(tmp_path)
     with pytest.raises(CheckpointError, match=r"1 missing, first e; rank, exclude_modules"):
         checkpoint.load(folder, {"": Part(trained("abcde"), None)})
-    wrong = {"a": nn.Parameter(torch.zeros(4, 2))}
+    with pytest.raises(CheckpointError, match=r"1 missing, first e, 2 not trained now, first c; rank, exclude_modules"):
+        checkpoint.load(folder, {"": Part(trained("abe"), None)})
+    wrong = {**trained(), "a": nn.Parameter(torch.zeros(4, 2))}
     with pytest.raises(CheckpointError, match=r"a is \[3, 2\], this run's is \[4, 2\]"):
         checkpoint.load(folder, {"": Part(wrong, None)})
+
+
+def test_a_dora_does_not_go_on_as_a_lora(tmp_path):
+    """Its matrices have the same names, so it would, without its magnitudes."""
+    lora = ["to_q.lora_A.default.weight", "to_q.lora_B.default.weight"]
+    folder = save(tmp_path, parameters=trained([*lora, "to_q.lora_magnitude_vector.default.weight"]))
+    with pytest.raises(CheckpointError, match=r"1 not trained now, first to_q\.lora_magnitude.*the kind of adapter"):
+        checkpoint.load(folder, {"": Part(trained(lora), None)})
+
+
+def test_changes_are_told_and_nothing_else():
+    """Over JSON, which has no tuples; what an older version did not write is not known to have changed."""
+    saved = json.loads(json.dumps({"alpha": 8.0, "batch": ((512, 4), (1024, 1)), "fuse_adapters": [["a", 1.0, ""]]}))
+    now = {"alpha": 4.0, "batch": ((512, 4), (1024, 1)), "fuse_adapters": [], "new": 1}
+    told = ["alpha 8.0 -> 4.0", "fuse_adapters [['a', 1.0, '']] -> []"]
+    assert checkpoint.course_changes(saved, now) == told
 
 
 def test_old_ones_are_deleted_once_a_newer_one_is_whole(tmp_path):

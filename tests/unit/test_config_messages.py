@@ -61,13 +61,11 @@ pytestmark = pytest.mark.usefixtures("folder")
             "remove it and give --resume_from_checkpoint on the command line",
         ),
         (
-            "video_clip_mode = 'multiple_overlapping'",
-            "video_clip_mode = 'multiple_overlapping' is not supported yet; use 'single_beginning' or 'single_middle'",
+            "video_clip_mode = 'end'",
+            "video_clip_mode = 'end' is not known; use 'single_beginning', 'single_middle', 'head', 'middle', 'chunk', "
+            "'slide', 'uniform', 'multiple_overlapping', 'full', 'random_start' or 'spread'",
         ),
-        (
-            "video_clip_mode = 'middle'",
-            "video_clip_mode = 'middle' is not known; use 'single_beginning' or 'single_middle'",
-        ),
+        ("frame_sample = 4", "unknown key 'frame_sample' = 4; it belongs in the dataset TOML"),
         (
             "eval_datasets = [{name = 'train', config = 'dataset.toml'}]",
             "eval_datasets[0].name = 'train' cannot name a graph; use a name without slashes that is not 'train'",
@@ -119,6 +117,11 @@ def test_a_bad_key_of_the_run(line, message):
             "rank = 8",
             "rank = 8\nfuse_adapters = 'x'",
             ["run.toml:14: adapter.fuse_adapters = 'x' is not a list; put it in [brackets]"],
+        ),
+        (
+            "rank = 8",
+            "rank = 8\nfuse_adapters = ['x']",
+            ["run.toml:14: adapter.fuse_adapters[0] = 'x' is not a table; write {path = ...}"],
         ),
         (
             "rank = 8",
@@ -215,9 +218,8 @@ def test_a_run_without_a_model_table():
             "that is musubi-tuner's name: here it is frame_buckets, whole numbers of frames",
         ),
         (
-            "caption_extension = '.txt'",
-            "unknown key 'caption_extension' = '.txt'; "
-            "that is musubi-tuner's name: captions are always <name>.txt beside <name>.mp4; remove it",
+            "caption_ext = '.txt'",
+            "unknown key 'caption_ext' = '.txt'; that is ai-toolkit's name: here it is caption_extension",
         ),
         (
             "folder_path = 'x'",
@@ -227,9 +229,27 @@ def test_a_run_without_a_model_table():
         ("frame_bucket = [1]", "unknown key 'frame_bucket' = [1]; did you mean 'frame_buckets'?"),
         ("path = 'x'", "unknown key 'path' = 'x'; it belongs in a [[directory]] of the dataset TOML"),
         (
-            "video_clip_mode = 'single_middle'",
-            "unknown key 'video_clip_mode' = 'single_middle'; "
-            "it belongs at the top of the run TOML, above the first [table]",
+            "skip_bad_media = true",
+            "unknown key 'skip_bad_media' = true; it belongs at the top of the run TOML, above the first [table]",
+        ),
+        (
+            "frame_extraction = 'head'",
+            "unknown key 'frame_extraction' = 'head'; "
+            "that is musubi-tuner's name: here it is video_clip_mode, with the same names",
+        ),
+        (
+            "short_clips = 'stretch'",
+            "short_clips = 'stretch' is not known; use 'skip', 'loop', 'pad' or 'smaller_bucket'",
+        ),
+        (
+            "fps = 'source'",
+            "fps = 'source' is no frame rate; use 'model', 'native', or the frames a second that the files really "
+            "have, without quotes",
+        ),
+        (
+            "fps = 0",
+            "fps = 0 is no frame rate; use 'model', 'native', or the frames a second that the files really have, "
+            "without quotes",
         ),
         (
             "ar_buckets = ['1:1']",
@@ -241,8 +261,16 @@ def test_a_run_without_a_model_table():
             "size_buckets = [[512, 512]] is not a list of buckets; "
             "use [width, height, frames] triples: [[832, 480, 81]]",
         ),
-        ("cache_shuffle_num = 3", "cache_shuffle_num = 3 is not supported yet; remove it"),
-        ("shuffle_tags = true", "shuffle_tags = true is not supported yet; remove it"),
+        ("cache_shuffle_num = -1", "cache_shuffle_num = -1 is too small; use 0 or more"),
+        (
+            "cache_shuffle_delimiter = ''",
+            "cache_shuffle_delimiter = '' is empty; write what parts one tag from the next, such as ', '",
+        ),
+        (
+            "caption_extension = 'txt'",
+            "caption_extension = 'txt' is not how a file's name ends; write it with its dot: '.txt'",
+        ),
+        ("online_captions = true", "online_captions = true is not supported yet; remove it"),
         ("num_repeats = 0", "num_repeats = 0 is too small; use more than 0"),
     ],
 )
@@ -252,10 +280,15 @@ def test_a_bad_key_of_the_dataset(line, message):
 
 def test_a_bad_key_of_a_directory_names_its_own_line():
     text = DATASET + "[[directory]]\npath = 'b'\nresolutions = [0]\nmask_path = 'masks'\n"
+    text += "weight = 0.5\nis_regularization = true\n"
     assert complaints(dataset=text) == [
         "dataset.toml:8: directory[1].resolutions = [0] is not a list of resolutions; "
         "use sides of a square in pixels: [512], or [width, height] pairs: [[832, 480]]",
         "dataset.toml:9: directory[1].mask_path = 'masks' is not supported yet; remove it",
+        "dataset.toml:10: directory[1].weight = 0.5 is not supported yet; "
+        "remove it; num_repeats says how often clips are used",
+        "dataset.toml:11: directory[1].is_regularization = true is not supported yet; "
+        "remove it; the clips can be trained on like others",
     ]
 
 

@@ -73,6 +73,18 @@ def test_something_must_be_saved():
     ]
 
 
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_weights_that_are_trained_are_kept_in_what_they_are_used_in(stored):
+    run = RUN.replace("ckpt_path", f"transformer_dtype = '{stored}'\nckpt_path")
+    whole = run.replace("[adapter]\ntype = 'lora'\nrank = 8\n", "")
+    assert check_rules(load(run), 1) == []
+    assert check_rules(load(whole), 1) == [
+        f"run.toml:9: model.transformer_dtype = '{stored}' is for frozen weights, and without [adapter] none are "
+        "frozen; remove it or add [adapter]"
+    ]
+    assert check_rules(load(whole.replace("ckpt_path", f"dtype = '{stored}'\nckpt_path")), 1) == []
+
+
 def test_eight_bit_storage_needs_frozen_weights():
     run = RUN.replace("ckpt_path", "transformer_dtype = 'float8'\nckpt_path")
     assert check_rules(load(run), 1) == []
@@ -185,6 +197,14 @@ def test_without_a_family_buckets_are_not_held_against_it():
         (
             RUN.replace("[adapter]", "dtype = 'float16'\n\n[adapter]"),
             "run.toml:11: dtype = 'float16' trains without loss scaling, so small gradients are lost; use 'bfloat16'",
+        ),
+        (
+            RUN.replace("ckpt_path", "save_layout = 'diffusers'\nckpt_path"),
+            "run.toml:9: model.save_layout = 'diffusers' has no effect with [adapter], which has save_format",
+        ),
+        (
+            RUN.replace("ckpt_path", "timestep_sample_method = 'uniform'\nsigmoid_scale = 1.5\nckpt_path"),
+            "run.toml:10: model.sigmoid_scale = 1.5 has no effect with timestep_sample_method = 'uniform'",
         ),
         (
             RUN + "weigth_decay = 0.1\n",
@@ -303,12 +323,38 @@ def test_all_missing_paths_are_named_with_their_keys():
         "run.toml:14: adapter.init_from_existing = '/gone/lora' does not exist",
         f"run.toml:9: model.ckpt_path = 'weights' does not exist (seen from {Path.cwd()})",
         f"dataset.toml:5: directory[0].path = 'clips' does not exist (seen from {Path.cwd()})",
-        "dataset.toml:7: directory[1].path = 'file' is a file; name a folder",
+        "dataset.toml:7: directory[1].path = 'file' is a file; "
+        "name a folder, or a file that ends in .csv, .jsonl, .tar",
     ]
     assert check_paths(loaded) == expected
     with pytest.raises(ConfigError) as caught:
         require(loaded, 1, SPEC)
     assert list(caught.value.messages) == expected
+
+
+def test_an_index_or_an_archive_may_stand_in_a_folders_place():
+    for name in ("clips.jsonl", "CLIPS.CSV", "clips.tar"):
+        Path(name).touch()
+        assert not [line for line in check_paths(load(dataset=DATASET.replace("clips", name))) if "directory" in line]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("keep_first = 2", "keep_first = 2 has no effect without cache_shuffle_num"),
+        ("shuffle_tags = true", "shuffle_tags = true shuffles each caption once, for good"),
+        ("default_caption = 'x'\nskip_empty_caption = false", "skip_empty_caption = false has no effect with default"),
+        ("cache_shuffle_num = 2\nkeep_first = 1", None),
+    ],
+)
+def test_caption_keys_that_do_nothing(line, message):
+    said = advice(load(dataset=f"{line}\n{DATASET}"))
+    assert len(said) == bool(message) and all(f": {message}" in text for text in said)
+
+
+def test_recursive_does_nothing_for_an_index():
+    said = advice(load(dataset="recursive = true\n" + DATASET.replace("clips", "clips.csv")))
+    assert said == ["dataset.toml:1: recursive = true has no effect on a .csv file"]
 
 
 def test_require_returns_what_is_worth_saying():

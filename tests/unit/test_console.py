@@ -23,6 +23,7 @@ from utils.monitor.console import (
     show,
     skipped_table,
     stage_table,
+    warning_table,
 )
 from utils.monitor.progress import CacheProgress, progress_line
 
@@ -67,6 +68,7 @@ TABLES = {
     "stages": stage_table([StageRow(0, 0, 16, 720_000_000, 11_200_000, 1_490_000_000, (0, 1))]),
     "buckets": bucket_table([BucketRow("1280x720x81", 38, 8, 4, 6, 75600)]),
     "skipped": skipped_table([("long_name_" * 9 + ".mp4", "60 frames at 24 fps = 40 frames at 16 fps " * 2)]),
+    "warnings": warning_table([("long_name_" * 9 + ".mp4", "scene cut", "another scene begins " * 6)]),
 }
 
 
@@ -77,12 +79,32 @@ def test_tables_fit_80_columns_and_lose_nothing(table):
     assert "…" not in text
 
 
+def test_the_stages_of_two_experts_fit_80_columns_with_their_names_unbroken():
+    rows = [
+        StageRow(stage, 0, 21, 7_144_245_792, 76_700_000, 14_721_000_000, (stage,), name, 14_475_000_000)
+        for stage in range(2)
+        for name in ("high_noise", "low_noise")
+    ]
+    lines = shown(stage_table(rows)).splitlines()
+    assert all(len(line) <= 80 for line in lines) and len(lines) == 3 + len(rows)
+    assert [line.split()[1] for line in lines[3:]] == ["high_noise", "low_noise"] * 2
+    assert lines[3].split()[-3:] == ["13.5", "GiB", "0"], "on the host, and the ranks"
+
+
 def test_tables_hold_their_values():
     stages = shown(TABLES["stages"])
     assert all(cell in stages for cell in ("0-16", "720 M", "11.2 M", "1.39 GiB", "0, 1"))
     assert "ranks" not in shown(stage_table([StageRow(0, 0, 1, 1, 1, 1)]))
     buckets = shown(TABLES["buckets"])
     assert all(cell in buckets for cell in ("1280x720x81", "38", "75 600", "carried over"))
+
+
+def test_warnings_that_all_clips_have_do_not_hide_the_others():
+    rows = [(f"{i}.mp4", "enlarged", "blurs") for i in range(20)] + [("z.mp4", "scene cut", "split it")]
+    text = shown(warning_table(rows, max_rows=3))
+    assert "Warnings: enlarged 20, scene cut 1" in text
+    assert text.index("split it") < text.index("0.mp4") < text.index("and 18 more")
+    assert "all are listed in warnings.jsonl" in text
 
 
 def test_skipped_table_takes_names_as_they_are_and_says_what_it_leaves_out():

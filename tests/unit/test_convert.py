@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from models.convert.__main__ import main, parser
 from models.convert.adapters import reduce_rank
 from models.wan.adapter_formats import FORMATS, format_of
-from tests.helpers.adapters import KINDS, adapted_weights, metadata_of, plain_pipeline, random_adapter
+from tests.helpers.adapters import (
+    KINDS,
+    adapted_weights,
+    comfyui_weight,
+    metadata_of,
+    plain_pipeline,
+    random_adapter,
+)
 from tests.helpers.models import DATA, TRANSFORMER_FILE, wan_variant
 from tests.helpers.quantised import FORMS, scaled_tensors
 
@@ -121,6 +129,18 @@ def test_merge_of_a_dora(tmp_path, family, run):
         torch.testing.assert_close(merged.read(f"{module}.weight"), weight, rtol=0, atol=1e-6)
 
 
+def test_merge_of_a_dora_counts_from_what_was_merged_before(tmp_path, family, run):
+    """As ComfyUI does, whose dora_scale is over the norms of the weight that it finds."""
+    files = [adapter(family, tmp_path / kind, kind, seed=seed)[0][0] for seed, kind in enumerate(("lora", "dora"))]
+    assert run(*merge_words(DATA / "wan_t2v", tmp_path / "out", *((file, None) for file in files)))[0] == 0
+    weights, merged = family.open_weights(), wan_variant("wan_t2v", tmp_path / "out").open_weights()
+    for module in family.lora_targets(family.build_skeleton()):
+        expected, key = weights.read(f"{module}.weight"), FORMATS["comfyui"].spell(module)
+        for file in files:
+            expected = comfyui_weight(load_file(file), key, expected)
+        torch.testing.assert_close(merged.read(f"{module}.weight"), expected, rtol=0, atol=1e-6)
+
+
 def test_merge_rounds_once_and_keeps_other_dtypes(tmp_path, family, run):
     base = {name: tensor.bfloat16() for name, tensor in load_file(DATA / "wan_t2v" / TRANSFORMER_FILE).items()}
     base["head.modulation"] = base["head.modulation"].float()
@@ -135,6 +155,29 @@ def test_merge_rounds_once_and_keeps_other_dtypes(tmp_path, family, run):
     words = merge_words(tmp_path / "base", tmp_path / "out", (file, None))
     assert run(*words, "--dtype", "float16", "--force")[0] == 0
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / TRANSFORMER_FILE).values()} == {torch.float16}
+
+
+def test_force_replaces_a_transformer_and_nothing_else(tmp_path, family, run):
+    """What is merged into often lies beside the text encoder and the VAE."""
+    base = shutil.copytree(DATA / "wan_t2v", tmp_path / "base")
+    vae = tmp_path / "mixed" / "Wan2.1_VAE.pth"
+    vae.parent.mkdir()
+    vae.touch()
+    (tmp_path / "tmp-base").mkdir()
+    [file], _ = adapter(family, tmp_path / "lora")
+    before = sorted(tmp_path.rglob("*"))
+    cases = {
+        base: "which is read; name another folder",
+        tmp_path: "which is read",
+        file.parent: "which is read",
+        vae.parent: "holds Wan2.1_VAE.pth, which is no part of a transformer",
+        tmp_path / "wan.safetensors": "is a file's name; name a folder",
+        file: "is a file's name",
+    }
+    for out, message in cases.items():
+        code, _, error = run(*merge_words(base, out, (file, None)), "--force")
+        assert code == 2 and message in error, (out, error)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("form", FORMS)

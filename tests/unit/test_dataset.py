@@ -57,6 +57,16 @@ def test_draws_depend_on_the_sample_and_its_turn_alone(dataset):
     assert 0.4 < sum(choices) / 200 < 0.6 and 0 < min(choices) < 0.1 and 0.9 < max(choices) < 1
 
 
+def test_a_damaged_entry_goes_so_that_the_next_start_makes_it_anew(dataset):
+    path = dataset.store.path("latents", dataset.entries[0].media_keys[0])
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"entry of a\.mp4 was damaged \(its checksum does not fit\) and is deleted"):
+        dataset.training_batch([Item(0, 0)])
+    assert not path.exists()
+    with pytest.raises(ValueError, match=r"is gone since the start; go on with --resume_from_checkpoint"):
+        dataset.training_batch([Item(0, 0)])
+
+
 def test_noise_and_quantile_are_what_they_were_in_the_first_release():
     path = (7, "abc", 0, 3)
     assert (counter_uniform("quantile", *path), counter_hash("noise", *path)) == (

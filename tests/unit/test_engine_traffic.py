@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.pipe import schedule
 
+from utils.train.activity import Activity
 from utils.train.engine import ReelEngine
 
 TENSORS = {"Activation": 5, "Grad": 2}  # headers among them
@@ -59,7 +60,7 @@ class Sender(ReelEngine):
         torch.nn.Module.__init__(self)
         self.__dict__["module"] = SimpleNamespace(training=training)
         self.pipe_buffers = {"outputs": [None]}
-        self.next_stage, self._sends = 1, []
+        self.next_stage, self._sends, self.activity = 1, [], Activity()
 
     def _send(self, tensor: torch.Tensor, stage: int) -> None:
         self._sends.append((Work(), tensor))

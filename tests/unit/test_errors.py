@@ -1,9 +1,11 @@
 """What a rank says last: mistakes without a traceback, and nothing where another rank has the story."""
 
+import socket
+
 import pytest
 
 from utils.train import errors
-from utils.train.engine import NonFiniteError
+from utils.train.engine import NonFiniteError, init_distributed
 
 GONE = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:4806")
 
@@ -22,6 +24,19 @@ def test_what_a_person_can_mend_comes_without_traceback(error, caplog):
 
 def test_a_bug_of_ours_comes_with_its_traceback(caplog):
     assert "Traceback" in said(KeyError("x"), caplog)
+
+
+def test_a_port_that_another_run_uses_is_named(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launcher = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in launcher.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        with pytest.raises(ValueError, match=f"^port {port} of 127.0.0.1.*is taken.*--master_port={port + 1} "):
+            init_distributed()
 
 
 def test_a_lost_peer_is_one_line_on_rank_0_and_nothing_elsewhere(caplog, monkeypatch):

@@ -58,6 +58,13 @@ class TestStartingAdapters:
             check_experts(Family(), settings(tmp_path))
         assert read == [("late", tmp_path / "a"), ("early", tmp_path)]
 
+    def test_one_file_is_no_start_for_two(self, tmp_path):
+        """It would be the wrong expert's for one of them, and its keys fit both."""
+        file = tmp_path / "adapter_model_high_noise.safetensors"
+        file.touch()
+        with pytest.raises(ValueError, match=r"is one file.*give each its own, \{early = '...', late = '...'\}"):
+            check_experts(ToyExperts(), settings(file))
+
 
 class TestOneOnTheDevice:
     """The order of what is done, as there may be room for one."""

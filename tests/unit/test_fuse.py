@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.adapters import KINDS, LORA_A, LORA_B, MAGNITUDE, delta_weight
+from models.fused import FusedWeights
 from tests.helpers.models import wan_family
 from tests.helpers.toy import ToyFamily, ToyWeights
 from utils.train.build import (
@@ -16,7 +17,7 @@ from utils.train.build import (
     parameter_filler,
     prepare_skeleton,
 )
-from utils.train.fuse import FusedWeights, Fusion, check_expert_names, load_fusions
+from utils.train.fuse import Fusion, check_expert_names, load_fusions
 
 UP, DOWN = "blocks.1.up", "blocks.2.down"  # [16, 8] and [8, 16]
 
@@ -167,6 +168,11 @@ def test_entries_name_an_expert_where_there_are_two():
         check_expert_names([plain, high], [""])
     with pytest.raises(ValueError, match=r"\[0\] has expert = ''.*set expert = 'high_noise' or 'low_noise'"):
         check_expert_names([plain, high], ["high_noise", "low_noise"])
+
+
+def test_an_entry_of_one_of_two_experts_keeps_its_number_in_messages(tmp_path):
+    with pytest.raises(ValueError, match=r"^fuse_adapters\[1\]: .*gone"):
+        load_fusions(ToyFamily(), [Fusion(tmp_path / "gone.safetensors", expert="low_noise", index=1)])
 
 
 def test_every_kind_can_be_merged():

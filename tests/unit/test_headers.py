@@ -125,6 +125,16 @@ def test_a_pth_file_under_another_name(tmp_path, zipped):
     assert load_pth(tmp_path / "wan.pth").keys() == {"a"}
 
 
+@pytest.mark.parametrize("length", [640, 640 + 2**16])
+def test_a_header_whose_length_reads_like_a_pickle(tmp_path, length):
+    """b"\x80\x02" begins a pickle, and a header of 640 bytes."""
+    header = {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"note": ""}}
+    header["__metadata__"]["note"] = "-" * (length - len(json.dumps(header)))
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + json.dumps(header).encode() + bytes(4))
+    assert file.read_bytes().startswith(b"\x80\x02") and open_header(file).tensors["x"].shape == (1,)
+
+
 def test_a_safetensors_file_under_another_name(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "wan.pth")
     with pytest.raises(ForeignFileError, match=r"wan\.pth: this is a safetensors file; rename it"):

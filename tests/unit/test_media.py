@@ -11,6 +11,7 @@ from PIL import Image
 from tests.helpers.media import frame_numbers, write_image, write_video
 from utils.data.media import MediaError, decode_clip, probe
 from utils.data.media_types import cover_box, cover_size, resampled_frames
+from utils.data.records import Fill
 
 MODEL_FPS = Fraction(16)
 NTSC_FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
@@ -196,15 +197,41 @@ def test_images(tmp_path):
 
 def test_animations(tmp_path):
     frames = [Image.new("RGB", (64, 48), (30 * i, 0, 0)) for i in range(8)]
-    for suffix in ("gif", "webp"):
-        frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=100)
-    found = probe(tmp_path / "a.gif")
-    assert found.is_video and (found.frames, found.fps) == (8, 10)
-    assert decode_clip(tmp_path / "a.gif", True, Fraction(0), Fraction(10), 8, 32, 32)[:, 9, 9, 0].tolist() == [
-        30 * i for i in range(8)
-    ]
-    with pytest.raises(MediaError, match="animated WEBP is not supported; convert it to mp4"):
-        probe(tmp_path / "a.webp")
+    for suffix in ("gif", "webp", "png", "avif"):
+        path = tmp_path / f"a.{suffix}"
+        options = {"gif": {}, "png": {}, "webp": {"lossless": True}, "avif": {"quality": 100}}[suffix]
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
+        assert probe(path) == (64, 48, 8, 10, Fraction(4, 5), True), suffix
+        shown = decode_clip(path, True, Fraction(0), Fraction(10), 8, 32, 32)[:, 9, 9, 0].astype(int)
+        assert abs(shown - [30 * i for i in range(8)]).max() <= (1 if suffix == "avif" else 0), suffix
+
+
+def test_an_animation_keeps_its_own_time_and_lies_on_white(tmp_path):
+    frames = [Image.new("RGBA", (64, 48), (30 * i, 0, 0, 255 if i else 0)) for i in range(8)]
+    path = tmp_path / "a.webp"
+    durations = [100, 100, 100, 100, 50, 50, 50, 50]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, lossless=True)
+    assert probe(path)[2:5] == (8, Fraction(40, 3), Fraction(3, 5))
+
+    def seen(start, fps, count, **how):
+        pixels = decode_clip(path, True, Fraction(start), Fraction(fps), count, 32, 32, **how)
+        return [0 if (pixel == 255).all() else round(pixel[0] / 30) for pixel in pixels[:, 9, 9]]
+
+    assert seen(0, 20, 12) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7]
+    assert seen("0.25", 10, 4) == [2, 3, 5, 7]
+    assert seen(0, 20, 12, only=(0, 11)) == [0, 7]
+    assert seen(0, 4, 8, source_fps=Fraction(4)) == list(range(8))  # whatever the durations say
+    assert seen(0, 20, 14, fill=Fill("loop", 12)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 0, 0]
+    with pytest.raises(MediaError, match="ends too early: frame 13 of 13"):
+        seen(0, 20, 13)
+
+
+def test_an_animation_under_a_stills_name_is_refused(tmp_path):
+    frames = [Image.new("RGB", (64, 48), (30 * i, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100)
+    (tmp_path / "a.webp").rename(tmp_path / "a.jpg")
+    with pytest.raises(MediaError, match=r"is an animated WEBP; rename it to a\.webp"):
+        probe(tmp_path / "a.jpg")
 
 
 def damaged(folder, case):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
@@ -17,6 +18,7 @@ from tests.helpers.misbehave import die_or_hang
 from tests.unit.test_buckets import SPEC
 from tests.unit.test_buckets import Settings as Shapes
 from utils.data.cache import CacheStore
+from utils.data.crew import Crew
 from utils.data.decode_pool import PixelJob, decoded_clips
 from utils.data.manifest import Manifest, build_manifest, overlap
 from utils.data.precache import precache
@@ -30,8 +32,16 @@ CPU = torch.device("cpu")
 class Settings(Shapes):
     path: Path = Path()
     num_repeats: float = 1.0
+    recursive: bool = False
+    caption_extension: str = ".txt"
     skip_empty_caption: bool = True
+    default_caption: str = ""
     caption_prefix: str = ""
+    trigger_word: str = ""
+    shuffle_tags: bool = False
+    cache_shuffle_num: int = 0
+    cache_shuffle_delimiter: str = ", "
+    keep_first: int = 0
     resolutions: tuple = (64,)
     frame_buckets: tuple = (1, 5, 9)
 
@@ -80,6 +90,21 @@ class Bench:
         return tuple(len(encoder.items) for encoder in self.encoders)
 
 
+def precache_on_ranks(bench, manifests, encoders, **kwargs):
+    """The reports of as many ranks as there are sets of encoders, on threads."""
+    barrier, folder = threading.Barrier(len(encoders), timeout=60), bench.store.root / "jobs" / "test"
+
+    def rank(number):
+        with Crew(folder, number, len(encoders)) as crew:
+            return precache(
+                manifests, encoders[number], bench.store, device=CPU, workers=0, batch_size=2, crew=crew,
+                barrier=barrier.wait, **kwargs,
+            )  # fmt: skip
+
+    with ThreadPoolExecutor(len(encoders)) as pool:
+        return list(pool.map(rank, range(len(encoders))))
+
+
 @pytest.fixture
 def bench(tmp_path):
     return Bench(tmp_path)
@@ -89,7 +114,7 @@ def test_a_first_start_encodes_every_clip_and_distinct_caption_once(bench):
     manifest, report = bench.run(workers=2)
     assert (report.made, report.failed) == ({"latents": (5, 0), "text": (5, 0)}, {})  # 4 captions and the empty one
     assert sorted(bench.encoders[1].items) == ["", "a still", "clip 0", "clip 1", "clip 2"]
-    assert bench.encoders[0].batches == [1, 2, 2]  # the image, then the videos of one shape
+    assert bench.encoders[0].batches == [2, 2, 1]  # the videos of one shape, then what is smaller: the image
     assert [encoder.loads for encoder in bench.encoders] == [1, 1] and not any(e.loaded for e in bench.encoders)
     assert sorted(len(pixels) for pixels in bench.encoders[0].items) == [1, 9, 9, 9, 9]
 
@@ -164,7 +189,7 @@ def test_changed_bytes_and_other_shapes_encode_what_they_touch(bench):
 def test_regenerate_makes_everything_anew(bench):
     bench.run()
     manifest = bench.manifest(regenerate=True)
-    report = bench.fill([manifest])
+    report = bench.fill([manifest], regenerate=True)
     assert report.made == {"latents": (5, 0), "text": (5, 0)}
 
 
@@ -178,24 +203,14 @@ def test_the_clip_in_the_cache_is_the_one_that_was_chosen(bench):
     assert [int(i / 16 * 24) for i in range(5, 14)] in numbers
 
 
-def test_ranks_share_the_work_through_the_folder_alone(bench):
-    manifest = bench.manifest()
-    barrier = threading.Barrier(3, timeout=60)
+@pytest.mark.parametrize("regenerate", [False, True])
+def test_ranks_share_the_work_through_the_folder_alone(bench, regenerate):
+    if regenerate:
+        bench.run()
+    manifest = bench.manifest(regenerate=regenerate)
     encoders = [[ConvEncoder(bench.vae), ByteEncoder(bench.text)] for _ in range(3)]
-    reports = {}
-
-    def rank(number):
-        reports[number] = precache(
-            [manifest], encoders[number], bench.store, device=CPU, workers=0, batch_size=2, rank=number, world=3,
-            barrier=barrier.wait,
-        )  # fmt: skip
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [len(pair[0].items) for pair in encoders] == [2, 2, 1]
+    reports = precache_on_ranks(bench, [manifest], encoders, regenerate=regenerate)
+    assert sum(len(pair[0].items) for pair in encoders) == 5
     assert sorted(caption for pair in encoders for caption in pair[1].items) == [
         "",
         "a still",
@@ -203,8 +218,9 @@ def test_ranks_share_the_work_through_the_folder_alone(bench):
         "clip 1",
         "clip 2",
     ]
-    assert [report.made for report in reports.values()] == [{"latents": (5, 0), "text": (5, 0)}] * 3
+    assert [report.made for report in reports] == [{"latents": (5, 0), "text": (5, 0)}] * 3
     assert bench.counts() == (0, 0)
+    assert not list((bench.store.root / "claims").iterdir())
 
 
 def test_train_and_eval_share_what_is_equal(bench, tmp_path):
@@ -293,7 +309,7 @@ def test_a_clip_that_breaks_while_decoding_is_named_after_all_others_are_done(be
 def test_an_encoder_that_gives_nan_stops_the_run_and_is_unloaded(bench):
     manifest = bench.manifest()
     bench.encoders[0].conv.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"still\.png: encoding gave NaN or infinity in 'latents'"):
+    with pytest.raises(ValueError, match=r"clip0\.mp4: encoding gave NaN or infinity in 'latents'"):
         bench.fill([manifest], workers=1)
     assert not bench.encoders[0].loaded
 

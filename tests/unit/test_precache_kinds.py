@@ -1,7 +1,5 @@
 """A cache that four encoders fill: whole clips, their ends twice, and captions; each is its own kind."""
 
-import threading
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from tests.helpers.encoders import ByteEncoder, ConditionEncoder, ConvEncoder, I
 from tests.helpers.media import frame_numbers, write_image
 from tests.helpers.models import wan_variant
 from tests.unit.test_buckets import SPEC
-from tests.unit.test_precache import CPU, Bench, Settings, spoil
+from tests.unit.test_precache import CPU, Bench, Settings, precache_on_ranks, spoil
 from utils.data.dataset import CachedDataset
 from utils.data.manifest import Manifest, build_manifest
 from utils.data.plan import Item
@@ -46,7 +44,7 @@ def test_every_encoder_fills_its_own_kind(bench):
     manifest, report = bench.run(workers=2)
     assert report.made == dict.fromkeys(KINDS, (5, 0)) | {"text": (5, 0)}  # 4 captions and the empty one
     assert tuple(report.made) == KINDS and set(manifest.counts) == set(KINDS)
-    assert [encoder.batches for encoder in bench.encoders[:3]] == [[1, 2, 2]] * 3, "a batch has one shape and length"
+    assert [encoder.batches for encoder in bench.encoders[:3]] == [[2, 2, 1]] * 3, "a batch has one shape and length"
     assert not any(encoder.loaded for encoder in bench.encoders)
     for encoder in bench.encoders[1:3]:
         whole = sorted(frame_numbers(pixels) for pixels in bench.encoders[0].items)
@@ -62,7 +60,7 @@ def test_workers_deliver_the_same_ends_as_decoding_here(bench):
     manifest, _ = bench.run(workers=2)
     theirs = {entry.name: bench.store.read("image", entry.media_keys[2])["image"] for entry in manifest.entries}
     again = bench.manifest(regenerate=True)
-    bench.fill([again], workers=0, batch_size=1)
+    bench.fill([again], workers=0, batch_size=1, regenerate=True)
     for entry in again.entries:
         assert torch.equal(theirs[entry.name], bench.store.read("image", entry.media_keys[2])["image"])
 
@@ -154,19 +152,8 @@ def test_a_clip_that_fails_for_a_later_encoder_is_left_out_whole(bench):
 
 def test_ranks_agree_on_what_failed(bench):
     spoil(bench.clip("spoilt.mp4", 30, caption="clip 0"))
-    manifest, barrier, reports = bench.manifest(), threading.Barrier(2, timeout=60), {}
-
-    def rank(number):
-        reports[number] = precache(
-            [manifest], bench.make_encoders(), bench.store, device=CPU, workers=0, batch_size=2, rank=number, world=2,
-            barrier=barrier.wait, skip_bad_media=True,
-        )  # fmt: skip
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    encoders = [bench.make_encoders() for _ in range(2)]
+    reports = precache_on_ranks(bench, [bench.manifest()], encoders, skip_bad_media=True)
     assert reports[0].failed == reports[1].failed and len(reports[0].failed) == 1
     assert reports[0].made == reports[1].made == dict.fromkeys(KINDS, (4, 0))
 

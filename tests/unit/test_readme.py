@@ -6,17 +6,29 @@ from pathlib import Path
 
 import pytest
 import toml
+import torch
+from diffusers import WanTransformer3DModel
 
 import train
 from models.convert import __main__ as convert
 from models.wan.config import WanModelConfig
+from models.wan.storage import Storage
+from models.wan.variants import Architecture
 from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
 from utils.config.fields import Refused
 from utils.config.schema import AdapterConfig, MonitoringConfig, OptimizerConfig, RunConfig
+from utils.train import cache_tool
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES_README = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+# row of the table of weights -> dim, ffn_dim, heads, layers, channels in and out, width and rows of CLIP's states
+SIZES = {
+    "T2V 1.3B": [(1536, 8960, 12, 30, 16, 16, 0, 0)],
+    "TI2V-5B": [(3072, 14336, 24, 30, 48, 48, 0, 0)],
+    "T2V 14B": [(5120, 13824, 40, 40, 16, 16, 0, 0), (5120, 13824, 40, 40, 36, 16, 0, 0)],
+    "I2V 14B": [(5120, 13824, 40, 40, 36, 16, 1280, 0), (5120, 13824, 40, 40, 36, 16, 1280, 514)],
+}
 SCHEMAS = (RunConfig, AdapterConfig, OptimizerConfig, MonitoringConfig, DatasetConfig, DirectoryConfig, WanModelConfig)
 
 
@@ -103,11 +115,20 @@ def test_convert_takes_the_commands_that_are_shown():
     assert {convert.parser().parse_args(words).command for words in shown} == {"lora", "merge", "resize", "inspect"}
 
 
+def test_cache_tool_takes_the_commands_that_are_shown():
+    lines = [shlex.split(line, comments=True) for line in "\n".join(blocks(README, "bash")).splitlines()]
+    shown = [words[3:] for words in lines if words[:3] == ["python", "-m", "utils.train.cache_tool"]]
+    assert {cache_tool.parser().parse_args(words).command for words in shown} == {"stats", "verify", "gc"}
+
+
 def test_flags_in_the_text_are_known(capsys):
     for arguments in ("--help", "lora --help", "merge --help", "resize --help"):
         parse = convert.parser().parse_args if " " in arguments else train.parse_arguments
         with pytest.raises(SystemExit):
             parse(arguments.split())
+    for command in ("stats", "verify", "gc"):
+        with pytest.raises(SystemExit):
+            cache_tool.parser().parse_args([command, "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     launchers = {"--num_gpus", "--master_port", "--master_addr", "--hostfile", "--nnodes", "--node_rank"}
     text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
@@ -130,6 +151,25 @@ def test_what_differs_from_diffusion_pipe_names_every_refused_key():
     new = text.partition("New keys:")[2]
     known = {key for schema in SCHEMAS for key in schema.model_fields}
     assert set(re.findall(r"`(\w+)`", new)) <= known
+
+
+@pytest.mark.parametrize("title", SIZES)
+def test_the_table_of_weights_is_right(title):
+    """Counted from skeletons of the real sizes."""
+    (row,) = [line for line in section("Memory").splitlines() if line.startswith(f"| {title}")]
+    for dim, ffn_dim, heads, layers, inside, out, image_dim, image_rows in SIZES[title]:
+        sizes = Architecture(dim, ffn_dim, heads, layers, 256, inside, out, 4096, 1e-6, image_dim, image_rows)
+        with torch.device("meta"):
+            skeleton = WanTransformer3DModel(**sizes.diffusers_arguments())
+        weights = dict(skeleton.named_parameters())
+        assert f"{sum(weight.numel() for weight in weights.values()):,}" in row
+        for linear in (torch.bfloat16, torch.float8_e4m3fn):
+            storage = Storage(torch.bfloat16, linear, {}, {})
+            held = sum(weight.numel() * storage.dtype(name).itemsize for name, weight in weights.items())
+            assert f"{held / 2**30:.2f} GiB" in row
+        linears = [module for module in skeleton.blocks.modules() if isinstance(module, torch.nn.Linear)]
+        lora = sum(32 * (module.in_features + module.out_features) for module in linears)
+        assert f"{lora / 1e6:.1f} M parameters, {lora * 16 / 2**30:.2f} GiB" in row
 
 
 def test_names_with_underscores_are_keys():

@@ -6,9 +6,12 @@ import os
 import pytest
 
 from tests.helpers.media import write_image, write_video
+from utils.config.dataset_schema import DirectoryConfig
 from utils.data import scan
 from utils.data.scan import scan_directory
 from utils.data.stat_index import StatIndex, hash_file
+
+MEND = "write one, set default_caption, or set skip_empty_caption = false to train without"
 
 
 @pytest.fixture
@@ -17,10 +20,17 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def look(folder, index=None, workers=0, **settings):
-    settings = {"caption_prefix": "", "skip_empty_caption": True} | settings
-    index = index or StatIndex(folder.parent / "probes.jsonl")
-    return scan_directory(folder, workers=workers, index=index, **settings)
+def look(path, workers=0, progress=None, **settings):
+    """Media and what is left out."""
+    return scan_notices(path, workers, progress, **settings)[:2]
+
+
+def scan_notices(path, workers=0, progress=None, **settings):
+    """The same with the notices; what is remembered, and unpacked, lies beside the folder `data`."""
+    home = next(parent.parent for parent in (path, *path.parents) if parent.name == "data")
+    index, archives = StatIndex(home / "probes.jsonl"), home / "archives"
+    settings = DirectoryConfig(path=path, **settings)
+    return scan_directory(settings, workers=workers, index=index, archives=archives, progress=progress)
 
 
 def captioned_image(folder, name, caption="a caption", **kwargs):
@@ -62,8 +72,8 @@ def test_media_without_a_caption(folder):
     media, skipped = look(folder)
     assert not media
     assert [str(item) for item in skipped] == [
-        "blank.png: its caption in blank.txt is empty; write one, or set skip_empty_caption = false to train without",
-        "none.png: its caption in none.txt is missing; write one, or set skip_empty_caption = false to train without",
+        f"blank.png: its caption in blank.txt is empty; {MEND}",
+        f"none.png: its caption in none.txt is missing; {MEND}",
     ]
     assert not any(item.bad for item in skipped)
     media, skipped = look(folder, skip_empty_caption=False, caption_prefix="tok")
@@ -78,8 +88,8 @@ def test_captions_json_stands_in_for_text_files(folder):
     (folder / "captions.json").write_text(json.dumps(listed))
     media, skipped = look(folder)
     assert [file.captions for file in media] == [("one",), ("two", "three")]
-    assert [item.path.name for item in skipped] == ["c.png", "d.png", "captions.json"]
-    assert skipped[2].reason == "names 1 files that are not in the folder: gone.png"
+    assert [item.path.name for item in skipped] == ["captions.json", "c.png", "d.png"]
+    assert skipped[0].reason == "names 1 files that are not in the folder: gone.png"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,8 @@ def test_what_is_left_out_is_said(folder):
     media, skipped = look(folder)
     assert len(media) == 1
     assert [str(item) for item in skipped] == [
-        "more: sub-folders are not scanned, 1 media files are left out; give it its own [[directory]]",
+        "more: sub-folders are not scanned, 1 media files are left out; set recursive = true, or give it its own "
+        "[[directory]]",
         "notes.pdf: is not a media file (.pdf)",
     ]
 
@@ -172,6 +183,23 @@ def test_the_index_does_not_grow_for_ever(tmp_path):
         index.put(file, [turn])
     assert StatIndex(tmp_path / "index.jsonl").get(file) == [299]
     assert (tmp_path / "index.jsonl").read_bytes().count(b"\n") <= 2
+
+
+def test_a_link_to_nothing_is_named(folder):
+    captioned_image(folder, "a.png")
+    real = write_image(folder.parent / "real.png")
+    (folder / "b.png").symlink_to(real)
+    (folder / "c.png").symlink_to(folder / "gone.png")
+    media, skipped = look(folder, default_caption="x")
+    assert [file.path.name for file in media] == ["a.png", "b.png"]
+    assert [(str(item), item.bad) for item in skipped] == [("c.png: the file is not there", True)]
+    real.unlink()  # what is remembered of it is of no use
+    media, skipped = look(folder, default_caption="x")
+    assert [file.path.name for file in media] == ["a.png"]
+    assert {str(item) for item in skipped} == {
+        "b.png: cannot be looked at (No such file or directory)",
+        "c.png: the file is not there",
+    }
 
 
 def test_a_path_that_is_no_folder(folder):

@@ -1,8 +1,11 @@
-"""What the console says of the cache: a line a kind of encoder, in words for people."""
+"""What the console says of the cache, a line a kind of encoder in words for people, and how a run is gone on with."""
 
 import io
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
 from utils.data.cache import CacheStore
@@ -28,3 +31,21 @@ def test_the_cache_is_told_kind_by_kind():
         "3 of 4 captions encoded, 1 was in the cache",
         "1 of 2 depth items encoded, 1 was in the cache",
     ]
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "finished", "label"),
+    [(None, True, "(raise epochs first):"), (9, True, "(raise epochs and max_steps first):"), (9, False, "go on:")],
+)
+def test_the_last_lines_name_what_ended_the_run(max_steps, finished, label):
+    console = Console(file=io.StringIO(), width=120)
+    run = SimpleNamespace(run_dir=Path("runs/one"), saved=None, checkpointed=None, experts={})
+    tell.goodbye(console, SimpleNamespace(max_steps=max_steps, adapter=None), run, finished)
+    assert label in console.file.getvalue()
+
+
+def test_the_command_to_go_on_is_the_one_that_started():
+    words = ["--config", "my run.toml", "--set", "dataset='/a b/c.toml'", "--set=x='$HOME`'", "--cache_only"]
+    command = tell.start_command(4, words)
+    assert shlex.split(command) == ["deepspeed", "--num_gpus=4", "train.py", "--deepspeed", *words[:-1]]
+    assert """--set "dataset='/a b/c.toml'" """ in command, "as a person would write it"

@@ -1,4 +1,4 @@
-"""The tiny checkpoint maker and the example data: reproducible, every variant alike in all layouts, read by libraries."""
+"""The tiny checkpoint maker and the example data: reproducible, the same in every layout, readable by the libraries."""
 
 import hashlib
 import subprocess

@@ -134,6 +134,22 @@ class TestWhichExpert:
         message = refusal(t2v, **settings)
         assert "contradict each other" in message and all(part in message for part in parts)
 
+    @pytest.mark.parametrize("shards", [1, 4])
+    @pytest.mark.parametrize("settings", [{"expert": "low"}, {"expert": "low", "max_t": 0.875}])
+    def test_a_diffusers_folder_without_its_low_noise_part(self, tmp_path, shards, settings):
+        """`transformer` alone is the high-noise expert, and must not be trained as the other."""
+        folder = diffusers_pair(tmp_path / "pair", "wan22_t2v_low", shards)
+        shutil.rmtree(folder / "transformer_2")
+        message = refusal(folder, **settings)
+        assert "has transformer only, which is the high-noise expert" in message and "is transformer_2;" in message
+        assert wan_family(folder, expert="high").expert_suffix == "_high_noise"
+
+    def test_wan21_by_its_name(self, tmp_path):
+        """Its tensors could be an expert's; to train them as one is what nobody wants."""
+        official(tmp_path / "Wan2.1-T2V-14B", "wan_t2v")
+        message = refusal(tmp_path / "Wan2.1-T2V-14B", expert="high")
+        assert "is Wan2.1 T2V by its name, which has no experts; remove expert, or rename it" in message
+
     @pytest.mark.parametrize("name", ["wan_i2v", "wan_flf2v", "wan22_ti2v"])
     def test_models_without_experts(self, tmp_path, name):
         settings = {"folder": None, **comfyui(tmp_path, name)}

@@ -194,6 +194,23 @@ def test_load_adapter_from_nowhere_and_from_half_a_file(tmp_path):
         family.load_adapter(tmp_path / "nowhere")
 
 
+def test_load_adapter_from_a_run_folder(tmp_path):
+    """The folders of a run are named; its checkpoints, whose tensors lack their alpha, are refused."""
+    family, file = spoilt(tmp_path, lambda saved: None)
+    for name in ("epoch1", "global_step2"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    file.rename(tmp_path / "run" / "epoch1" / "adapter_model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no LoRA at .*; it has folders with one, name one of them: epoch1$"):
+        family.load_adapter(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "global_step2"
+    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "weights_00.safetensors").touch()
+    for place in (checkpoint, checkpoint / "weights_00.safetensors"):
+        with pytest.raises(ValueError, match=r"is a checkpoint, for --resume_from_checkpoint alone; .* such as epoch1"):
+            family.load_adapter(place)
+    assert family.load_adapter(tmp_path / "run" / "epoch1")
+
+
 def full_tensors(family):
     weights = family.open_weights()
     return {name: weights.read(name) + 1 for name in sorted(weights.names())}
@@ -246,6 +263,19 @@ def test_diffusers_loads_a_full_save(tmp_path, variant, shard_bytes):
     assert not any(told.values()), told
     state = loaded.state_dict()
     assert state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in tensors)
+
+
+def test_folders_of_experts(tmp_path):
+    """diffusers runs `transformer` above the boundary."""
+    table = {
+        ("official", "_high_noise"): "high_noise_model",
+        ("official", "_low_noise"): "low_noise_model",
+        ("diffusers", "_high_noise"): "transformer",
+        ("diffusers", "_low_noise"): "transformer_2",
+    }
+    for (layout, suffix), name in table.items():
+        assert export.model_folder(tmp_path, layout, suffix) == tmp_path / name
+        assert export.model_folder(tmp_path, layout, "") == tmp_path
 
 
 def test_save_layout_chooses_the_names(tmp_path):

@@ -1,22 +1,27 @@
 """The schema of a dataset TOML: settings at the top hold for every [[directory]] that does not set them itself."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from utils.config.fields import (
     AspectRatios,
+    ClipMode,
     Count,
     FrameBuckets,
     Lax,
     Resolutions,
+    ShortClips,
     SizeBuckets,
+    SourceRate,
+    Suffix,
     Table,
     UserPath,
     checked,
     not_yet,
 )
 
+_NO_DELIMITER = "is empty; write what parts one tag from the next, such as ', '"
 _NO_FOLDER = "is empty; add a [[directory]] with a path"
 
 
@@ -39,19 +44,45 @@ class SharedSettings(Table):
     """Lengths in frames at the model's rate; 1 is for images and is always there."""
     size_buckets: SizeBuckets = ()
     """Buckets by hand, [width, height, frames], in place of resolutions, aspect ratios and frame_buckets."""
+    video_clip_mode: ClipMode | None = None
+    """Which part of a video is used, or which parts. Default: what the run TOML says."""
+    frame_stride: Count = 1
+    """Frames from one clip's start to the next with video_clip_mode = 'slide'."""
+    frame_sample: Count = 1
+    """Clips of a video with 'uniform', and starts that take turns with 'random_start'."""
+    max_frames: Count = 129
+    """Longest clip with video_clip_mode = 'full', in frames at the model's rate."""
+    fps: SourceRate = "model"
+    """'model': videos are brought to the model's rate. 'native': their frames are taken as they are. A number: what the
+    files really have, whatever they say of themselves; from there they are brought to the model's rate."""
+    short_clips: ShortClips = "skip"
+    """What becomes of a video shorter than every bucket: left out, looped, its last frame held, or a bucket of its
+    own length."""
     num_repeats: Annotated[float, Field(gt=0)] = 1.0
     """How often a clip counts in an epoch; 0.5 uses half of the clips in each."""
     skip_empty_caption: bool = True
     """Leave out clips without a caption, listed by name; false trains them with an empty one."""
+    recursive: bool = False
+    """Read the folders inside a folder too."""
+    media: Literal["all", "videos", "images"] = "all"
+    """What of a folder is used, where both lie in it."""
+    caption_extension: Suffix = ".txt"
+    """How the names of the text files with captions end."""
+    default_caption: str = ""
+    """The caption of clips that have none, which are then not left out."""
     caption_prefix: str = ""
     """Put before every caption, as it stands: end it with a space or comma."""
+    trigger_word: str = ""
+    """Takes the place of `[trigger]` in captions and in caption_prefix."""
+    shuffle_tags: bool = False
+    """Shuffle the tags of captions, once each unless cache_shuffle_num says how often."""
+    cache_shuffle_num: Annotated[int, Field(ge=0)] = 0
+    """Shuffled orders of each caption's tags that are cached and drawn from; 0 leaves the tags as they are."""
+    cache_shuffle_delimiter: Annotated[str, checked(lambda value: value != "", _NO_DELIMITER)] = ", "
+    """What parts one tag from the next."""
+    keep_first: Annotated[int, Field(ge=0)] = 0
+    """Tags at a caption's beginning that shuffling leaves in their places."""
 
-    shuffle_tags: Annotated[bool, not_yet(False)] = False
-    """diffusion-pipe: shuffles the tags of a caption. Not supported yet."""
-    cache_shuffle_num: Annotated[int, not_yet(0)] = 0
-    """diffusion-pipe: caches several shufflings of the tags. Not supported yet."""
-    cache_shuffle_delimiter: str = ", "
-    """diffusion-pipe: goes with cache_shuffle_num. Accepted, without effect."""
     shuffle_metadata: Annotated[bool, not_yet(True, "remove it: the order comes from seed")] = True
     """diffusion-pipe: shuffles the files once before all else. Here the order comes from the run's seed."""
     online_captions: Annotated[bool, not_yet(False)] = False
@@ -62,7 +93,7 @@ class DirectoryConfig(SharedSettings):
     """One folder of clips and images, settings of the top level already filled in."""
 
     path: UserPath
-    """The folder, absolute or seen from where the trainer is started. Captions lie beside the files as `<name>.txt`."""
+    """A folder, an index of clips (.jsonl, .csv) or a .tar archive; absolute, or seen from where the trainer starts."""
 
     mask_path: Annotated[str | None, not_yet(None)] = None
     """diffusion-pipe: masks for the loss. Not supported yet."""
@@ -70,6 +101,10 @@ class DirectoryConfig(SharedSettings):
     """diffusion-pipe: the mask of files without one. Not supported yet."""
     control_path: Annotated[str | None, not_yet(None)] = None
     """diffusion-pipe: reference images of editing models. Not supported yet."""
+    weight: Annotated[float | None, not_yet(None, "remove it; num_repeats says how often clips are used")] = None
+    """How much a clip counts in the loss. Not supported yet."""
+    is_regularization: Annotated[bool, not_yet(False, "remove it; the clips can be trained on like others")] = False
+    """sd-scripts: clips that hold the model to what it knew. Not supported yet."""
 
 
 class DatasetConfig(SharedSettings):

@@ -85,6 +85,14 @@ def _is_aspect_ratio(value: Any) -> bool:
     return (_is_number(value) and 0 < value < float("inf")) or _int_row(value, 2)
 
 
+def _is_rate(value: Any) -> bool:
+    return value in ("model", "native") if isinstance(value, str) else _is_number(value) and 0 < value < float("inf")
+
+
+def _is_suffix(value: Any) -> bool:
+    return isinstance(value, str) and len(value) > 1 and value.startswith(".") and not set("/\\\0 ") & set(value)
+
+
 def _is_path_or_paths(value: Any) -> bool:
     given = list(value.values()) if isinstance(value, dict) else [value]
     return bool(given) and all(isinstance(path, (str, Path)) and Path(path) != Path() for path in given)
@@ -98,6 +106,21 @@ Triple = Annotated[tuple[int, int, int], Lax]
 Count = Annotated[int, Field(ge=1)]
 Cadence = Annotated[int, Field(ge=1)] | None
 FloatDtype = Literal["float32", "bfloat16", "float16"]
+# The names are those of utils.data.clips.CLIP_MODES, which says what each does.
+ClipMode = Literal[
+    "single_beginning",
+    "single_middle",
+    "head",
+    "middle",
+    "chunk",
+    "slide",
+    "uniform",
+    "multiple_overlapping",
+    "full",
+    "random_start",
+    "spread",
+]
+ShortClips = Literal["skip", "loop", "pad", "smaller_bucket"]
 
 ExpertPaths = Annotated[
     UserPath | dict[str, UserPath],
@@ -106,6 +129,14 @@ ExpertPaths = Annotated[
         "is not a path; write one path, or one for each expert: {high_noise = '...', low_noise = '...'}",
     ),
 ]
+SourceRate = Annotated[
+    float | Literal["model", "native"],
+    checked(
+        _is_rate,
+        "is no frame rate; use 'model', 'native', or the frames a second that the files really have, without quotes",
+    ),
+]
+Suffix = Annotated[str, checked(_is_suffix, "is not how a file's name ends; write it with its dot: '.txt'")]
 BatchSize = Annotated[
     int | Annotated[tuple[Pair, ...], Lax],
     checked(

@@ -15,7 +15,7 @@ def _table(owner: str, keys: dict[str, str]) -> dict[str, ForeignKey]:
 
 
 _PATH = "here it is path in a [[directory]] of the dataset TOML"
-_CAPTIONS = "captions are always <name>.txt beside <name>.mp4; remove it"
+_CAPTIONS = "captions lie beside the files as <name>.txt, or as caption_extension says"
 _RANK = "here it is rank in [adapter]"
 _ALPHA = "here it is alpha in [adapter]"
 _LR = "here it is lr in [optimizer]"
@@ -33,12 +33,8 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
         "musubi-tuner",
         {
             "target_frames": _FRAMES,
-            "max_frames": _FRAMES,
-            "frame_extraction": "here it is video_clip_mode in the run TOML",
-            "frame_sample": "each video gives one clip here; remove it",
-            "frame_stride": "each video gives one clip here; remove it",
-            "source_fps": "the rate is read from each file; remove it",
-            "caption_extension": _CAPTIONS,
+            "frame_extraction": "here it is video_clip_mode, with the same names",
+            "source_fps": "here it is fps",
             "video_directory": _PATH,
             "image_directory": _PATH,
             "video_jsonl_file": _PATH,
@@ -83,8 +79,10 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "train_data_dir": _PATH,
             "subsets": "here each folder is a [[directory]]",
             "class_tokens": "here it is caption_prefix",
-            "shuffle_caption": "is not supported yet; remove it",
-            "keep_tokens": "is not supported yet; remove it",
+            "shuffle_caption": "here it is shuffle_tags, and cache_shuffle_num orders of each",
+            "caption_separator": "here it is cache_shuffle_delimiter",
+            "keep_tokens": "here it is keep_first",
+            "is_reg": "is not supported yet; remove it",
             "flip_aug": "is not supported; remove it",
             "unet_lr": _LR,
         },
@@ -94,10 +92,9 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
         {
             "folder_path": _PATH,
             "dataset_path": _PATH,
-            "caption_ext": _CAPTIONS,
+            "caption_ext": "here it is caption_extension",
             "num_frames": _FRAMES,
-            "shrink_video_to_frames": "videos keep their speed here; remove it",
-            "trigger_word": "here it is caption_prefix in the dataset TOML",
+            "shrink_video_to_frames": "here it is video_clip_mode = 'spread'",
             "caption_dropout_rate": _DROPOUT,
             "linear": _RANK,
             "linear_alpha": _ALPHA,

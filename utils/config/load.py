@@ -15,6 +15,7 @@ from utils.config.dataset_schema import DatasetConfig
 from utils.config.fields import Refused
 from utils.config.foreign_keys import FOREIGN_KEYS
 from utils.config.messages import HOMES, Homes, Problem, dotted, home_of, problems, shown, unknown_key
+from utils.config.musubi import from_musubi, is_musubi
 from utils.config.schema import OptimizerConfig, RunConfig
 from utils.config.source import SECRET_KEYS, ConfigError, Location, Source, read_toml, redacted_text, with_overrides
 
@@ -68,9 +69,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     named = _dataset_files(source)
     sources: dict[str, Source] = {"run": source}
     datasets: dict[str, DatasetConfig] = {}
+    notices: list[str] = []
     for name, (location, file) in named.items():
         try:
             sources[name] = read_toml(file, source.where(location) + dotted(location))
+            if is_musubi(sources[name]):
+                batch_size = source.data.get("micro_batch_size_per_gpu", 1)
+                sources[name], said = from_musubi(sources[name], batch_size)
+                notices += said
             datasets[name] = _dataset(sources[name], homes)
         except ConfigError as error:
             messages += error.messages
@@ -82,14 +88,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         family_name=family_name,
         dataset=datasets["dataset"],
         eval_datasets={item.name: datasets[f"eval:{item.name}"] for item in run.eval_datasets},
-        notices=_notices(run, source),
+        notices=_notices(run, source) + notices,
         sources=sources,
     )
 
 
 def load_dataset(path: Path, named_by: str = "dataset") -> DatasetConfig:
     """One dataset TOML by itself. Raises `ConfigError` with all that is wrong with it."""
-    return _dataset(read_toml(path, named_by), HOMES)
+    source = read_toml(path, named_by)
+    return _dataset(from_musubi(source).source if is_musubi(source) else source, HOMES)
 
 
 def _dataset(source: Source, homes: Homes) -> DatasetConfig:

@@ -69,6 +69,8 @@ def _text(detail: ErrorDetails, location: Location, model: type[BaseModel], home
     if detail["type"] == "missing":
         return f"{dotted(location)} is missing; add it{_manual(parent, str(location[-1]))}"
     phrase = _PHRASES[detail["type"]].format(**detail.get("ctx", {})) if detail["type"] in _PHRASES else detail["msg"]
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        phrase += _as_table(_model_at(model, tuple(detail["loc"])))
     if isinstance(detail["input"], dict):  # a whole table: its keys are named by the phrase, if at all
         return f"[{dotted(location)}] {phrase}" if location else phrase
     return f"{dotted(location)} = {shown(detail['input'], location)} {phrase}"
@@ -135,6 +137,12 @@ def _model_at(model: type[BaseModel], location: Location) -> type[BaseModel] | N
         info = found.model_fields.get(part)
         found = _table_in(info.annotation) if info else None
     return found
+
+
+def _as_table(model: type[BaseModel] | None) -> str:
+    """How a table is begun, with the keys that it cannot do without."""
+    needed = [f"{name} = ..." for name, info in model.model_fields.items() if info.is_required()] if model else []
+    return f"; write {{{', '.join(needed)}}}" if needed else ""
 
 
 def _manual(model: type[BaseModel] | None, key: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.config.caption_rules import SOURCES, caption_advice
+from utils.config.clip_rules import clip_advice, clip_errors
 from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
 from utils.config.load import LoadedConfig
 from utils.config.messages import dotted, shown
@@ -44,7 +46,7 @@ def check_rules(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" 
     errors += _placed(loaded, "run", list(_adapter(run)))
     errors += _placed(loaded, "run", [*_storage(loaded), *_experts(loaded)])
     for name, dataset in _datasets(loaded).items():
-        errors += _placed(loaded, name, _dataset(dataset, loaded.sources.get(name), spec))
+        errors += _placed(loaded, name, _dataset(dataset, loaded.sources.get(name), spec, loaded.run.video_clip_mode))
     return list(dict.fromkeys(errors))
 
 
@@ -54,20 +56,26 @@ def advice(loaded: LoadedConfig, spec: "MediaSpec | None" = None) -> list[str]:
         loaded, "run", [*_eval_advice(loaded.run), *_checkpoint_advice(loaded.run), *_rate_advice(loaded.run)]
     )
     said += _placed(loaded, "run", [*_bubble(loaded.run), *_optimizer_advice(loaded.run.optimizer)])
-    said += _placed(loaded, "run", list(_precision_advice(loaded)))
+    said += _placed(loaded, "run", [*_precision_advice(loaded), *_idle_model_keys(loaded)])
     for name, dataset in _datasets(loaded).items():
-        said += _placed(loaded, name, _dataset_advice(dataset, loaded.sources.get(name), spec))
+        said += _placed(
+            loaded, name, _dataset_advice(dataset, loaded.sources.get(name), spec, loaded.run.video_clip_mode)
+        )
     return list(dict.fromkeys(said))
 
 
-def check_paths(loaded: LoadedConfig) -> list[str]:
-    """Every path that a config names and that is not there, each with its key."""
+def check_paths(loaded: LoadedConfig, weights: bool = True) -> list[str]:
+    """Every path that a config names and that is not there, each with its key.
+
+    Args:
+        weights: look for those of the model and of adapters too.
+    """
     run = loaded.run
     outputs = {"output_dir": run.output_dir, "cache_dir": run.cache_dir}
     found = [_is_file((key,), folder) for key, folder in outputs.items() if folder.is_file()]
     found += [_read_only((key,), folder) for key, folder in outputs.items() if not _can_write(folder)]
-    found += [_absent(at, path) for at, path in _adapter_paths(run) if not path.exists()]
-    for key in type(loaded.model).model_fields:
+    found += [_absent(at, path) for at, path in _adapter_paths(run) if weights and not path.exists()]
+    for key in type(loaded.model).model_fields if weights else ():
         value = getattr(loaded.model, key)
         if isinstance(value, Path) and not value.exists():
             found.append(_absent(("model", key), value))
@@ -75,7 +83,8 @@ def check_paths(loaded: LoadedConfig) -> list[str]:
     for name, dataset in _datasets(loaded).items():
         folders = [(("directory", index, "path"), folder.path) for index, folder in enumerate(dataset.directory)]
         found = [_absent(at, path) for at, path in folders if not path.exists()]
-        found += [_is_file(at, path) for at, path in folders if path.is_file()]
+        files = [(at, path) for at, path in folders if path.is_file() and path.suffix.lower() not in SOURCES]
+        found += [_no_source(at, path) for at, path in files]
         messages += _placed(loaded, name, found)
     return list(dict.fromkeys(messages))
 
@@ -93,6 +102,11 @@ def _adapter_paths(run: RunConfig) -> Iterator[tuple[Location, Path]]:
 
 def _is_file(location: Location, path: Path) -> Finding:
     return location, f"{dotted(location)} = '{path}' is a file; name a folder"
+
+
+def _no_source(location: Location, path: Path) -> Finding:
+    mend = f"name a folder, or a file that ends in {', '.join(SOURCES)}"
+    return location, f"{dotted(location)} = '{path}' is a file; {mend}"
 
 
 def _can_write(folder: Path) -> bool:
@@ -188,7 +202,7 @@ def _evaluation(run: RunConfig) -> Iterator[Finding]:
 
 def _storage(loaded: LoadedConfig) -> Iterator[Finding]:
     stored = getattr(loaded.model, "transformer_dtype", None)
-    if loaded.run.adapter is None and isinstance(stored, str) and stored.startswith("float8"):
+    if loaded.run.adapter is None and stored not in (None, getattr(loaded.model, "dtype", None)):
         text = f"model.transformer_dtype = '{stored}' is for frozen weights, and without [adapter] none are frozen"
         yield ("model", "transformer_dtype"), f"{text}; remove it or add [adapter]"
 
@@ -205,10 +219,12 @@ def _owner(source: Source | None, index: int, key: str) -> Location:
     return own if source is None or source.holds(own) or not source.holds((key,)) else (key,)
 
 
-def _dataset(dataset: DatasetConfig, source: Source | None, spec: "MediaSpec | None") -> list[Finding]:
+def _dataset(dataset: DatasetConfig, source: Source | None, spec: "MediaSpec | None", run_mode: str) -> list[Finding]:
     found: list[Finding] = []
     for index, folder in enumerate(dataset.directory):
-        for key, text in [*_shape(folder), *(_fit(folder, spec) if spec else ())]:
+        mode = folder.video_clip_mode or run_mode
+        fit = [*_fit(folder, spec, mode), *clip_errors(folder, mode, spec)] if spec else []
+        for key, text in [*_shape(folder), *fit]:
             place = _owner(source, index, key)
             found.append((place, f"{dotted(place)}{text}"))
     return found
@@ -222,11 +238,11 @@ def _shape(folder: DirectoryConfig) -> Iterator[tuple[str, str]]:
         yield "min_ar", f" = {folder.min_ar:g} is above max_ar = {folder.max_ar:g}; swap them"
 
 
-def _fit(folder: DirectoryConfig, spec: "MediaSpec") -> Iterator[tuple[str, str]]:
+def _fit(folder: DirectoryConfig, spec: "MediaSpec", mode: str) -> Iterator[tuple[str, str]]:
     """Problems of one folder with what the family asks for."""
     multiple, stride = spec.pixel_multiple, spec.frame_stride
     lengths = [bucket[2] for bucket in folder.size_buckets] or folder.frame_buckets
-    if not spec.images and max(lengths) == 1:
+    if not spec.images and max(lengths) == 1 and mode != "full":
         text = f"has no length for videos, and this model trains on clips of at least {stride + 1} frames"
         yield "size_buckets" if folder.size_buckets else "frame_buckets", f" {text}; add one such as {8 * stride + 1}"
     if folder.size_buckets:
@@ -317,10 +333,27 @@ def _precision_advice(loaded: LoadedConfig) -> Iterator[Finding]:
         )
 
 
-def _dataset_advice(dataset: DatasetConfig, source: Source | None, spec: "MediaSpec | None") -> list[Finding]:
+def _idle_model_keys(loaded: LoadedConfig) -> Iterator[Finding]:
+    """Keys of `[model]` that were set and change nothing beside what else is set."""
+    fields = type(loaded.model).model_fields
+    uniform = getattr(loaded.model, "timestep_sample_method", None) == "uniform"
+    idle = {
+        "save_layout": (loaded.run.adapter is not None, "with [adapter], which has save_format"),
+        "sigmoid_scale": (uniform, "with timestep_sample_method = 'uniform'"),
+    }
+    for key, (is_idle, beside) in idle.items():
+        if is_idle and key in fields and (value := getattr(loaded.model, key)) != fields[key].default:
+            yield ("model", key), f"model.{key} = {shown(value)} has no effect {beside}"
+
+
+def _dataset_advice(
+    dataset: DatasetConfig, source: Source | None, spec: "MediaSpec | None", run_mode: str
+) -> list[Finding]:
     found: list[Finding] = []
     for index, folder in enumerate(dataset.directory):
-        for key, text in [*_folder_advice(folder), *(_image_advice(folder, spec) if spec else ())]:
+        mode = folder.video_clip_mode or run_mode
+        said = [*_folder_advice(folder), *clip_advice(folder, mode), *caption_advice(folder)]
+        for key, text in [*said, *(_image_advice(folder, spec) if spec else ())]:
             place = _owner(source, index, key)
             found.append((place, f"{dotted(place)}{text}"))
     return found

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from utils.config.fields import (
     BatchSize,
     Cadence,
+    ClipMode,
     Count,
     ExpertPaths,
     FloatDtype,
@@ -29,12 +30,6 @@ Checkpointing = Annotated[
         "is not known; use true, false, 'unsloth' or 'offload' (both keep what is saved in host memory)",
     ),
 ]
-
-
-def _clip_mode(value: Any) -> Any:
-    if value == "multiple_overlapping":
-        raise ValueError("is not supported yet; use 'single_beginning' or 'single_middle'")
-    return value
 
 
 def _eval_name(name: str) -> str:
@@ -223,7 +218,8 @@ class RunConfig(Table):
     )
     """The same for images. Default: eval_micro_batch_size_per_gpu."""
     eval_gradient_accumulation_steps: Count = 1
-    """Micro-batches sent through the pipeline together when evaluating."""
+    """diffusion-pipe: micro-batches sent through the pipeline together when evaluating. Accepted, without effect: here
+    it is all of them."""
 
     save_every_n_epochs: Cadence = None
     """Save the LoRA or model after every so many epochs, to `epochN/`."""
@@ -259,12 +255,20 @@ class RunConfig(Table):
     """Clips or captions encoded together while caching."""
     map_num_proc: Cadence = None
     """Processes that decode while caching, for each rank's device. Default: 8, or the number of cores where fewer."""
-    video_clip_mode: Annotated[Literal["single_beginning", "single_middle"], BeforeValidator(_clip_mode)] = (
-        "single_beginning"
-    )
-    """Which part of a video that is longer than its bucket is used."""
+    decode_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that decoding one clip may take before it counts as unreadable."""
+    cache_ram_gb: Annotated[float, Field(gt=0)] | None = None
+    """GiB of host memory for decoded clips while caching, for all ranks of a machine. Default: a quarter of what is
+    free."""
+    video_clip_mode: ClipMode = "single_beginning"
+    """Which part of a video that is longer than its bucket is used; a dataset TOML may set its own."""
     skip_bad_media: bool = False
     """Go on without files that cannot be read, listed by name. Otherwise they stop the start."""
+
+    stall_timeout_s: Annotated[float, Field(ge=0)] = 600.0
+    """End the run, with everyone's stacks, when no rank has moved for so many seconds. 0 waits for ever.
+
+    Compiling, reading all weights and saving may take six times as long."""
 
     steps_per_print: Count = 1
     """Console: a line every so many steps where the output is no terminal."""

@@ -51,6 +51,7 @@ class Source:
     data: dict[str, Any]
     lines: Mapping[Location, int] = field(default_factory=dict)
     overridden: frozenset[Location] = frozenset()
+    names: Mapping[Location, str] = field(default_factory=dict)  # what the file itself calls a key, where translated
 
     def line(self, location: Location) -> int:
         """Line of the key or of the nearest table around it; 0 where there is none."""
@@ -61,7 +62,8 @@ class Source:
         if any(part in self.overridden for part in _outwards(location)):
             return "--set: "
         line = self.line(location)
-        return f"{self.path}:{line}: " if line else f"{self.path}: "
+        called = f"{self.names[location]}: " if location in self.names else ""
+        return f"{self.path}:{line}: {called}" if line else f"{self.path}: {called}"
 
     def holds(self, location: Location) -> bool:
         """Whether the file itself has a value there, rather than a default or an inherited one."""

@@ -63,35 +63,55 @@ class BucketTable:
 
     def assign(self, media: MediaFile) -> list[Bucket] | str:
         """One bucket per resolution, or why there is none, without the file's name."""
+        wanted = self.lengths_for(media)
+        if isinstance(wanted, str):
+            return wanted
+        length = resampled_frames(media.frames, media.fps, self.spec.fps) if media.is_video else 1
+        fitting = [frames for frames in wanted if frames <= length]
+        return self.shapes(media, fitting) if fitting else too_short(media, media.fps, self.spec.fps, wanted[0])
+
+    def lengths_for(self, media: MediaFile) -> list[int] | str:
+        """The listed lengths that a file of its kind may have, ascending, or why there are none."""
         if not media.is_video and not self.spec.images:
             least = f"this model trains on clips of at least {self.spec.frame_stride + 1} frames"
             return f"is an image, and {least}; images are skipped, give it videos or choose a model that takes images"
-        length = self.resampled(media)
-        wanted = [frames for frames in self.frame_lengths() if (frames > 1) == media.is_video]
-        if not wanted:
-            return _no_bucket(media)
-        if length < wanted[0]:
-            return _too_short(media, length, self.spec.fps, wanted[0])
+        return [frames for frames in self.frame_lengths() if (frames > 1) == media.is_video] or _no_bucket(media)
+
+    def shapes(self, media: MediaFile, lengths: Sequence[int], every: bool = False) -> list[Bucket]:
+        """The buckets of a file, one per resolution.
+
+        Args:
+            lengths: frames that the file fills, ascending; size_buckets that have none of them take the length on.
+            every: in each of `lengths`, not in the longest alone.
+        """
         log_ratio = math.log(media.width / media.height)
-        if self.fixed:
-            fitting = [bucket for bucket in self.fixed if bucket.frames in wanted and bucket.frames <= length]
-            return [min(fitting, key=lambda b: (abs(math.log(b.width / b.height) - log_ratio), -b.frames))]
-        sizes = min(self.areas, key=lambda row: abs(math.log(row[0]) - log_ratio))[1]
-        frames = max(frames for frames in wanted if frames <= length)
-        return [Bucket(width, height, frames) for width, height in sizes]
+        if not self.fixed:
+            sizes = min(self.areas, key=lambda row: abs(math.log(row[0]) - log_ratio))[1]
+            kept = lengths if every else lengths[-1:]
+            return [Bucket(width, height, frames) for frames in kept for width, height in sizes]
+        videos = [bucket for bucket in self.fixed if bucket.frames > 1]
+        found = [bucket for bucket in self.fixed if bucket.frames in lengths] or [
+            bucket._replace(frames=frames) for bucket in videos for frames in lengths
+        ]
+        away = [abs(math.log(bucket.width / bucket.height) - log_ratio) for bucket in found]
+        nearest = {b.frames: b for b, far in reversed([*zip(found, away, strict=True)]) if far == min(away)}
+        kept = sorted(nearest) if every else [max(nearest)]
+        return [nearest[frames] for frames in kept]
 
     def frame_lengths(self) -> list[int]:
         """Every number of frames there is a bucket for, ascending."""
         return sorted({bucket.frames for bucket in self.fixed} or self.frames)
 
-    def resampled(self, media: MediaFile) -> int:
-        """Frames that the file has at the model's rate; 1 for an image."""
-        return resampled_frames(media.frames, media.fps, self.spec.fps) if media.is_video else 1
 
+def bucket_table(settings: BucketSettings, spec: MediaSpec, any_length: bool = False) -> BucketTable:
+    """The shapes that `settings` ask for; `ValueError` names the key of a shape that the model cannot take.
 
-def bucket_table(settings: BucketSettings, spec: MediaSpec) -> BucketTable:
-    """The shapes that `settings` ask for; `ValueError` names the key of a shape that the model cannot take."""
+    Args:
+        any_length: videos have lengths of their own, so that none need be listed.
+    """
     if settings.size_buckets:
+        if any_length:
+            raise ValueError("size_buckets names lengths, and video_clip_mode = 'full' takes none; use resolutions")
         fixed = tuple(Bucket(*bucket) for bucket in settings.size_buckets)
         for bucket in fixed:
             _require_fit("size_buckets", bucket, spec)
@@ -101,7 +121,8 @@ def bucket_table(settings: BucketSettings, spec: MediaSpec) -> BucketTable:
     frames = tuple(sorted({*(settings.frame_buckets or ()), 1}))
     for count in frames:
         _require_frames("frame_buckets", count, spec)
-    _require_trainable("frame_buckets", frames, spec)
+    if not any_length:
+        _require_trainable("frame_buckets", frames, spec)
     return BucketTable(spec, _areas(settings, spec.pixel_multiple), frames, ())
 
 
@@ -172,9 +193,11 @@ def _no_bucket(media: MediaFile) -> str:
     return "is an image, and every bucket is for videos; add a bucket of 1 frame to size_buckets"
 
 
-def _too_short(media: MediaFile, length: int, fps: Fraction, smallest: int) -> str:
-    there = f"{media.frames} frames at {_rate(media.fps)} fps"
-    at_model = "" if media.fps == fps else f" = {length} frames at {_rate(fps)} fps"
+def too_short(media: MediaFile, source_fps: Fraction, fps: Fraction, smallest: int) -> str:
+    """Why a video taken at `source_fps` has no place where clips of `fps` have `smallest` frames or more."""
+    there = f"{media.frames} frames at {_rate(source_fps)} fps"
+    length = resampled_frames(media.frames, source_fps, fps)
+    at_model = "" if source_fps == fps else f" = {length} frames at {_rate(fps)} fps"
     return f"{there}{at_model}; the smallest video bucket is {smallest}"
 
 

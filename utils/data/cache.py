@@ -26,6 +26,7 @@ class CacheDamaged(ValueError):
     """An entry is there and cannot be read; the message names the file and the mend."""
 
     def __init__(self, path: Path, reason: str) -> None:
+        self.path, self.reason = path, reason
         super().__init__(f"{path}: damaged cache entry ({reason}); delete this file and start again to make it anew")
 
 
@@ -71,6 +72,15 @@ class CacheStore:
         if told != _checksum(content, start):
             raise CacheDamaged(path, "its checksum does not fit")
         return tensors
+
+    @staticmethod
+    def marks(path: Path) -> dict[str, str]:
+        """What is noted in an entry's header beside its tensors; empty where that cannot be read."""
+        try:
+            with path.open("rb") as file:
+                return dict(_read_header(file)[1]["__metadata__"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return {}
 
     def write(self, kind: str, key: str, tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
         """Store `tensors` so that a reader sees all or nothing.

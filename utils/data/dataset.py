@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from models.base import Draw, MicroBatch, ModelFamily
-from utils.data.cache import CacheStore
+from utils.data.cache import CacheDamaged, CacheStore
 from utils.data.plan import Item, counter_hash, counter_uniform
 from utils.data.records import TEXT, Entry
 
@@ -54,13 +54,13 @@ class CachedDataset:
         for item in items:
             entry = self.entries[item.entry]
             path = (self.seed, entry.sample_id, entry.group, item.turn)
-            samples.append(self._read(entry, self._caption_of(entry, path)))
+            samples.append(self._read(entry, self._caption_of(entry, path), item.turn))
             quantile, noise = counter_uniform("quantile", *path), counter_hash("noise", *path)
             draws.append(Draw(quantile, noise, counter_uniform("choice", *path)))
         return self.family.micro_batch(samples, draws)
 
     def eval_batch(self, items: Sequence[EvalItem]) -> MicroBatch:
-        """Fixed quantiles, noise fixed by sample and quantile, no dropout, always the first caption.
+        """Fixed quantiles, noise fixed by sample and quantile, no dropout, always the first caption and start.
 
         The choice is fixed by sample alone: at every quantile and in every evaluation it is a sample of the same task.
         """
@@ -80,11 +80,11 @@ class CachedDataset:
             return self.empty_text_key
         return entry.text_keys[counter_hash("caption", *path) % len(entry.text_keys)]
 
-    def _read(self, entry: Entry, text_key: str) -> dict[str, Tensor]:
+    def _read(self, entry: Entry, text_key: str, turn: int = 0) -> dict[str, Tensor]:
         """What every encoder made of one sample, in one dict."""
         sample: dict[str, Tensor] = {}
         try:
-            for kind, key in (*entry.media(), *([(TEXT, text_key)] if text_key else [])):
+            for kind, key in (*entry.media_of(turn), *([(TEXT, text_key)] if text_key else [])):
                 tensors = self.store.read(kind, key)
                 assert sample.keys().isdisjoint(tensors), f"{kind} has a tensor of the name that another encoder gave"
                 sample |= tensors
@@ -93,4 +93,12 @@ class CachedDataset:
             raise ValueError(
                 f"{error.filename}: the cache entry of {entry.name} is gone since the start; go on with "
                 "--resume_from_checkpoint, which makes it anew"
+            ) from error
+        except CacheDamaged as error:
+            # the encoders have left the device to the model, so it cannot be made anew here
+            error.path.unlink(missing_ok=True)
+            raise ValueError(
+                f"{error.path}: the cache entry of {entry.name} was damaged ({error.reason}) and is deleted; go on "
+                "with --resume_from_checkpoint, which makes it anew. A disk that damages files is worth a check; "
+                "`python -m utils.train.cache_tool verify` reads all entries"
             ) from error

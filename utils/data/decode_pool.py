@@ -8,8 +8,10 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +19,11 @@ import numpy as np
 from multiprocess.reduction import DupFd
 
 from utils.data.media import decode_clip
-from utils.data.records import Bucket
+from utils.data.records import Bucket, Fill
 from utils.data.workers import WorkerPool
 
 Shape = tuple[int, int, int, int]  # frames, h, w, 3
-_AHEAD_BYTES = 4 * 2**30  # decoded pixels that may wait, at most
+OVERTAKE_S = 2.0  # what is decoded waits for so long for one that takes longer
 
 
 class PixelJob(NamedTuple):
@@ -33,6 +35,8 @@ class PixelJob(NamedTuple):
     start: Fraction  # s
     fps: Fraction  # 0 for an image
     bucket: Bucket
+    source_fps: Fraction = Fraction(0)  # this and `fill` as in `Clip`
+    fill: Fill | None = None
 
     @property
     def name(self) -> str:
@@ -48,9 +52,17 @@ class Decoded(NamedTuple):
 
 
 def decoded_clips(
-    jobs: Sequence[PixelJob], workers: int, held: int, timeout_s: float, ends_only: bool = False
+    jobs: Iterable[PixelJob],
+    workers: int,
+    held: int,
+    timeout_s: float,
+    ends_only: bool = False,
+    *,
+    slot_bytes: int | None = None,
+    ring_bytes: int | None = None,
+    ahead: Callable[[int], int] = lambda most: most,
 ) -> Iterator[Decoded]:
-    """`jobs` in their order, decoded ahead by `workers` processes (0: in this one).
+    """`jobs` decoded ahead by `workers` processes (0: in this one), in their order but for those that take very long.
 
     The pixels of an item may be overwritten once `held` more were asked for: they live in a ring of shared memory, so
     that the 100 MB of an 81-frame clip are written once and never sent through a pipe.
@@ -58,18 +70,35 @@ def decoded_clips(
     Args:
         timeout_s: how long one clip may take before its worker is given up.
         ends_only: give the first and the last frame of each clip alone, the same bytes as in the whole.
+        slot_bytes: of the largest item (`decoded_bytes`); None: `jobs` is a sequence, and it is looked up there.
+        ring_bytes: of all pixels at any time, but for `held` items and one more; None: what keeps the workers busy.
+        ahead: given the most that may wait, how many jobs to pull before their turn; asked again and again.
     """
-    if not jobs:
+    slot_bytes = slot_bytes or decoded_bytes(jobs, ends_only)
+    jobs = iter(jobs)
+    first = next(jobs, None)  # while there is nothing to do nothing is started
+    if first is None:
         return
-    workers = min(workers, len(jobs))
-    largest = max(math.prod(_shape(job.bucket, ends_only)) for job in jobs)
-    ahead = max(workers, min(2 * workers + held, _AHEAD_BYTES // largest))
-    ring = SharedRing(ahead + held, largest)
-    with WorkerPool(_DecodeTask(ring, ends_only), workers, timeout_s) as pool:
-        for outcome in pool.run(enumerate(jobs), ahead, name=lambda item: item[1].name):
-            index, job = outcome.item
-            pixels = None if outcome.error else ring.slot(index, _shape(job.bucket, ends_only))
-            yield Decoded(job, pixels, outcome.error)
+    workers = min(workers, ahead(workers))
+    most = 2 * workers + held
+    if ring_bytes is not None:
+        most = max(1, min(most, ring_bytes // slot_bytes - held))
+    ring = SharedRing(most + held, slot_bytes)
+    free, recent = deque(range(most + held)), deque[int]()
+    items = ((free.popleft(), job) for job in chain([first], jobs))
+    with WorkerPool(_DecodeTask(ring, ends_only), min(workers, most), timeout_s) as pool:
+        outcomes = pool.run(items, lambda: min(most, ahead(most)), lambda item: item[1].name, OVERTAKE_S)
+        for (slot, job), _, error in outcomes:
+            pixels = None if error else ring.slot(slot, _shape(job.bucket, ends_only))
+            yield Decoded(job, pixels, error)
+            recent.append(slot)
+            while len(recent) >= max(1, held):
+                free.append(recent.popleft())
+
+
+def decoded_bytes(jobs: Iterable[PixelJob], ends_only: bool = False) -> int:
+    """Of the pixels of the largest of `jobs`; 0 where there are none."""
+    return max((math.prod(_shape(job.bucket, ends_only)) for job in jobs), default=0)
 
 
 def _shape(bucket: Bucket, ends_only: bool) -> Shape:
@@ -92,8 +121,8 @@ class SharedRing:
         weakref.finalize(self, os.close, self._descriptor)
 
     def slot(self, index: int, shape: Shape) -> np.ndarray:
-        """Slot `index` modulo the ring's length as uint8 of `shape`."""
-        offset = index % self._slots * self._slot_bytes
+        """Slot `index` as uint8 of `shape`."""
+        offset = index * self._slot_bytes
         return np.frombuffer(self._memory, np.uint8, math.prod(shape), offset).reshape(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,4 +154,5 @@ class _DecodeTask:
         width, height, frames = job.bucket
         only = (0, frames - 1) if self._ends_only else None
         out = self._ring.slot(index, _shape(job.bucket, self._ends_only))
-        decode_clip(job.path, job.is_video, job.start, job.fps, frames, width, height, only=only, out=out)
+        source, how = (job.path, job.is_video, job.start, job.fps), {"source_fps": job.source_fps, "fill": job.fill}
+        decode_clip(*source, frames, width, height, only=only, out=out, **how)

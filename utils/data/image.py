@@ -12,12 +12,13 @@ from utils.data.media_types import MediaError, Probe, cover_box
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SIDEWAYS = (5, 6, 7, 8)
-# Pillow opens animations in these formats, FFmpeg does not read them reliably.
-_ANIMATION_REFUSED = frozenset(["WEBP", "PNG", "AVIF"])
+# Their animations are told by the suffix, so that no other file need be opened to know what it is.
+_ANIMATED = frozenset(["WEBP", "PNG", "AVIF"])
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The image, not yet decoded; raises `MediaError` for what is none."""
     try:
         image = Image.open(path)
     except Image.UnidentifiedImageError as error:
@@ -26,32 +27,42 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
-def is_animation(path: Path) -> bool:
+def is_animated_gif(path: Path) -> bool:
     """Whether `path` is a GIF of several frames, which is read as a video."""
     if path.suffix.lower() != ".gif":
         return False
-    with _opened(path) as image:
+    with opened(path) as image:
         return image.format == "GIF" and image.is_animated
 
 
 def probe_image(path: Path) -> Probe:
     """Size of an image, after decoding it once to know that it is whole."""
-    with _opened(path) as image:
-        if image.format in _ANIMATION_REFUSED and getattr(image, "is_animated", False):
-            raise MediaError(path, f"animated {image.format} is not supported; convert it to mp4")
-        sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
-        width, height = image.size[::-1] if sideways else image.size
+    with opened(path) as image:
+        if image.format in _ANIMATED and getattr(image, "is_animated", False):
+            raise MediaError(path, f"is an animated {image.format}; rename it to {path.stem}.{image.format.lower()}")
+        width, height = shown_size(image)
         image.draft("RGB", (64, 64))  # a JPEG is then read to its end, but computed at 1/8 of its size
         image.load()
     return Probe(width, height, 1, Fraction(0), Fraction(0), False)
 
 
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in px, after the EXIF orientation."""
+    sideways = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_SIDEWAYS
+    return image.size[::-1] if sideways else image.size
+
+
 def decode_image(path: Path, width: int, height: int) -> np.ndarray:
+    """`fitted` of the image in `path`."""
+    with opened(path) as image:
+        return fitted(image, width, height)
+
+
+def fitted(image: Image.Image, width: int, height: int) -> np.ndarray:
     """uint8 RGB [height, width, 3]: upright, on white, scaled to cover and cropped to the middle."""
-    with _opened(path) as image:
-        upright = _flattened(ImageOps.exif_transpose(image))
-        box = cover_box(upright.size, (width, height))
-        return np.asarray(upright.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    upright = _flattened(ImageOps.exif_transpose(image))
+    box = cover_box(upright.size, (width, height))
+    return np.asarray(upright.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def _flattened(image: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ class Keys:
         self.media_kinds = tuple(kind for kind in self.kinds if kind != TEXT)
 
     def media(self, clip: Clip) -> tuple[str, ...]:
-        """One key for each of `media_kinds`."""
+        """One key for each of `media_kinds`, of the clip's `start` alone."""
         recipe = _recipe(clip)
         return tuple(
             CacheStore.key(kind, {"clip": recipe, "encoder": self._fingerprints[kind]}) for kind in self.media_kinds
@@ -38,15 +38,21 @@ class Keys:
     @staticmethod
     def sample(clip: Clip) -> str:
         """Free of the encoders, so that another VAE or text encoder draws the same noise for the same sample."""
-        return CacheStore.key("sample", {"clip": _recipe(clip), "captions": clip.media.captions})
+        turns = {"turns": [str(start) for start in clip.turns]} if clip.turns else {}
+        return CacheStore.key("sample", {"clip": _recipe(clip), "captions": clip.media.captions, **turns})
 
 
 def _recipe(clip: Clip) -> dict[str, Any]:
-    """All that decides a clip's pixels."""
-    return {
+    """All that decides a clip's pixels. What was added since the first release stands in it only where it is used."""
+    recipe = {
         "media": clip.media.content_hash,
         "start": str(clip.start),
         "fps": str(clip.fps),
         "bucket": list(clip.bucket),
         "decode": DECODE_VERSION,
     }
+    if clip.source_fps:
+        recipe["source_fps"] = str(clip.source_fps)
+    if clip.fill:
+        recipe["fill"] = list(clip.fill)
+    return recipe

@@ -5,40 +5,34 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from models.base import Encoder, MediaSpec
 from utils.data.buckets import BucketSettings, bucket_table
 from utils.data.cache import CacheStore, FingerprintIndex, write_whole
-from utils.data.clips import cut_clips
+from utils.data.clips import ClipRules, ClipSettings, cut_clips, is_short
 from utils.data.decode_pool import PixelJob
 from utils.data.keys import Keys
-from utils.data.records import TEXT, Bucket, Clip, Entry
-from utils.data.scan import Skipped, scan_directory
+from utils.data.listing import Skipped
+from utils.data.records import TEXT, Bucket, Clip, Entry, Fill
+from utils.data.scan import ScanSettings, scan_directory
 from utils.data.stat_index import StatIndex
 from utils.data.workers import Progress
 
 # Beside the entries, in the cache's root.
 PROBES_FILE = "probes.jsonl"
 WEIGHTS_FILE = "weights.jsonl"
+ARCHIVES_FOLDER = "archives"
 _FIRST_REASONS = 5
 
 
-class DirectorySettings(BucketSettings, Protocol):
+class DirectorySettings(ScanSettings, BucketSettings, ClipSettings, Protocol):
     """What a `[[directory]]` says, its inheritance from the top level resolved."""
 
     @property
-    def path(self) -> Path | str: ...
-
-    @property
     def num_repeats(self) -> float: ...
-
-    @property
-    def skip_empty_caption(self) -> bool: ...
-
-    @property
-    def caption_prefix(self) -> str: ...
 
 
 class Group(NamedTuple):
@@ -62,6 +56,14 @@ class CaptionJob(NamedTuple):
 Job = PixelJob | CaptionJob
 
 
+class Cut(NamedTuple):
+    """What scanning and cutting come to."""
+
+    clips: list[Clip]
+    skipped: list[Skipped]
+    notices: list[str]  # what was done to clips that a person should know of
+
+
 class Count(NamedTuple):
     """Distinct entries of one kind."""
 
@@ -80,6 +82,7 @@ class Manifest:
     counts: dict[str, Count]  # by kind of encoder
     empty_text_key: str  # of the empty caption, which dropout uses; "" where no encoder reads captions
     contents: dict[str, str] = field(default_factory=dict)  # content hash -> path, of the media in `entries`
+    notices: list[str] = field(default_factory=list)  # what was done to clips that a person should know of
 
     def save(self, path: Path) -> None:
         """Write it whole as JSON, for the other ranks."""
@@ -126,6 +129,7 @@ def build_manifest(
     """Scan, cut and look up one dataset.
 
     Args:
+        clip_mode: of the directories that set none.
         encoders: at most one of them reads captions.
         workers: processes that read files not seen before.
         regenerate: plan every entry anew, whatever the cache holds.
@@ -133,13 +137,9 @@ def build_manifest(
     Raises:
         ValueError: a setting is wrong, media cannot be read (all are listed), or nothing is left to train on.
     """
-    index = StatIndex(store.root / PROBES_FILE)
-    clips: list[Clip] = []
-    skipped: list[Skipped] = []
-    for group, settings in enumerate(directories):
-        found, left_out = _clips_of(settings, group, spec, clip_mode, workers, index, progress)
-        clips += found
-        skipped += left_out
+    clips, skipped, notices = cut_dataset(
+        directories, spec=spec, clip_mode=clip_mode, store=store, workers=workers, progress=progress
+    )
     bad = [item for item in skipped if item.bad]
     if bad and not skip_bad_media:
         lines = "".join(f"\n  {item.path}: {item.reason}" for item in bad)
@@ -159,7 +159,30 @@ def build_manifest(
         counts={kind: Count(len(jobs), len(jobs) - len(missing[kind])) for kind, jobs in wanted.items()},
         empty_text_key=empty,
         contents={clip.media.content_hash: str(clip.media.path) for clip in clips},
+        notices=notices,
     )
+
+
+def cut_dataset(
+    directories: Sequence[DirectorySettings],
+    *,
+    spec: MediaSpec,
+    clip_mode: str,
+    store: CacheStore,
+    workers: int,
+    progress: Progress | None = None,
+) -> Cut:
+    """The clips of one dataset, and every file that gives none. Arguments and `ValueError` as in `build_manifest`."""
+    index, archives = StatIndex(store.root / PROBES_FILE), store.root / ARCHIVES_FOLDER
+    clips: list[Clip] = []
+    skipped: list[Skipped] = []
+    notices: list[str] = []
+    for group, settings in enumerate(directories):
+        found, left_out, told = _clips_of(settings, group, spec, clip_mode, workers, index, archives, progress)
+        clips += found
+        skipped += left_out
+        notices += told
+    return Cut(clips, skipped, notices)
 
 
 def overlap(train: Manifest, held_out: Manifest) -> list[str]:
@@ -175,29 +198,44 @@ def _clips_of(
     clip_mode: str,
     workers: int,
     index: StatIndex,
+    archives: Path,
     progress: Progress | None,
-) -> tuple[list[Clip], list[Skipped]]:
+) -> Cut:
+    """`cut_dataset` of one directory."""
     folder = Path(settings.path)
     try:
-        table = bucket_table(settings, spec)
+        rules = ClipRules.of(settings, clip_mode)
+        table = bucket_table(settings, spec, rules.any_length)
     except ValueError as error:
         raise ValueError(f"[[directory]] path = {str(folder)!r}: {error}") from error
-    media, skipped = scan_directory(
-        folder,
-        caption_prefix=settings.caption_prefix,
-        skip_empty_caption=settings.skip_empty_caption,
-        workers=workers,
-        index=index,
-        progress=progress,
+    media, skipped, notices = scan_directory(
+        settings, workers=workers, index=index, archives=archives, progress=progress
     )
     clips: list[Clip] = []
+    short = 0
     for file in media:
-        cut = cut_clips(file, table, clip_mode, group)
+        cut = cut_clips(file, table, rules, group)
         if isinstance(cut, Skipped):
             skipped.append(cut)
         else:
             clips += cut
-    return clips, skipped
+            short += is_short(cut[0], table, rules)
+    if short:
+        notices.append(_of_short(folder, short, rules.short_clips))
+    return Cut(clips, skipped, notices)
+
+
+_SHORT = {
+    "loop": "start again from the first frame until it is full",
+    "pad": "hold the last frame until it is full",
+    "smaller_bucket": "are trained at the longest length that they fill",
+}
+
+
+def _of_short(folder: Path, count: int, how: str) -> str:
+    which = "1 video is" if count == 1 else f"{count} videos are"
+    done = _SHORT[how]
+    return f"{folder}: {which} shorter than every bucket; with short_clips = '{how}' such {done}"
 
 
 def _nothing_left(directories: Sequence[DirectorySettings], skipped: Sequence[Skipped]) -> str:
@@ -216,6 +254,7 @@ def _collect(clips: Sequence[Clip], keys: Keys) -> tuple[list[Entry], dict[str, 
     """The entries, everything that must be in the cache by kind and key, and the key of the empty caption."""
     jobs: dict[str, dict[str, Job]] = {kind: {} for kind in keys.kinds}
 
+    @cache  # captions repeat by their weights, and a file's with each of its clips
     def want(caption: str) -> str:
         key = keys.text(caption)
         jobs[TEXT].setdefault(key, CaptionJob(key, caption))
@@ -226,9 +265,13 @@ def _collect(clips: Sequence[Clip], keys: Keys) -> tuple[list[Entry], dict[str, 
         starts.setdefault(clip.media.path, set()).add(clip.start)
     entries = []
     for clip in clips:
-        media, media_keys = clip.media, keys.media(clip)
-        for kind, key in zip(keys.media_kinds, media_keys, strict=True):
-            jobs[kind].setdefault(key, PixelJob(key, media.path, media.is_video, clip.start, clip.fps, clip.bucket))
+        media, media_keys = clip.media, ()
+        for turn in clip.each_turn():
+            source = (media.path, media.is_video, turn.start, turn.fps, turn.bucket, turn.source_fps, turn.fill)
+            found = keys.media(turn)
+            media_keys += found
+            for kind, key in zip(keys.media_kinds, found, strict=True):
+                jobs[kind].setdefault(key, PixelJob(key, *source))
         several = len(starts[media.path]) > 1
         entries.append(
             Entry(
@@ -258,19 +301,23 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "entries": [[e.sample_id, e.name, e.bucket, e.group, e.media_keys, e.text_keys] for e in manifest.entries],
         "groups": [[str(group.path), group.num_repeats] for group in manifest.groups],
         "skipped": [[str(item.path), item.reason, item.bad] for item in manifest.skipped],
-        "clips": [[str(path), is_video, str(start), str(fps), bucket] for path, is_video, start, fps, bucket in clips],
+        "clips": [
+            [str(path), is_video, str(start), str(fps), bucket, str(source_fps), fill]
+            for path, is_video, start, fps, bucket, source_fps, fill in clips
+        ],
         "jobs": jobs,
         "counts": manifest.counts,
         "empty_text_key": manifest.empty_text_key,
         "contents": manifest.contents,
+        "notices": manifest.notices,
     }
 
 
 def _from_json(content: Mapping[str, Any]) -> Manifest:
     kinds = tuple(content["media_kinds"])
     clips = [
-        (Path(path), is_video, Fraction(start), Fraction(fps), Bucket(*bucket))
-        for path, is_video, start, fps, bucket in content["clips"]
+        (Path(path), is_video, Fraction(start), Fraction(fps), Bucket(*bucket), Fraction(taken), fill and Fill(*fill))
+        for path, is_video, start, fps, bucket, taken, fill in content["clips"]
     ]
     return Manifest(
         entries=[
@@ -286,4 +333,5 @@ def _from_json(content: Mapping[str, Any]) -> Manifest:
         counts={kind: Count(*count) for kind, count in content["counts"].items()},
         empty_text_key=content["empty_text_key"],
         contents=content["contents"],
+        notices=content["notices"],
     )

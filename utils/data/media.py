@@ -4,7 +4,7 @@ Free of torch, as is all that it imports, so that a decode worker starts in a fr
 """
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -12,8 +12,10 @@ from pathlib import Path
 import av
 import numpy as np
 
-from utils.data.image import decode_image, is_animation, probe_image
+from utils.data.animation import ANIMATION_SUFFIXES, decode_animation, is_animation, probe_animation
+from utils.data.image import decode_image, is_animated_gif, probe_image
 from utils.data.media_types import MediaError, Probe
+from utils.data.records import Fill
 from utils.data.video import decode_video, probe_video
 
 # fmt: off
@@ -25,6 +27,8 @@ IMAGE_SUFFIXES = frozenset([
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".ppm", ".tga",
 ])
 # fmt: on
+MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
+VideoReader = Callable[[Path, Fraction, Fraction, Sequence[int], np.ndarray, Fraction], None]
 
 
 def probe(path: Path) -> Probe:
@@ -34,7 +38,9 @@ def probe(path: Path) -> Probe:
     """
     with _errors_named(path):
         _require_regular_file(path)
-        is_video = path.suffix.lower() in VIDEO_SUFFIXES or is_animation(path)
+        if is_animation(path):
+            return probe_animation(path)
+        is_video = path.suffix.lower() in VIDEO_SUFFIXES or is_animated_gif(path)
         return probe_video(path) if is_video else probe_image(path)
 
 
@@ -48,6 +54,8 @@ def decode_clip(
     height: int,
     only: Sequence[int] | None = None,
     out: np.ndarray | None = None,
+    source_fps: Fraction = Fraction(0),
+    fill: Fill | None = None,
 ) -> np.ndarray:
     """Pixels of one clip; raises `MediaError`.
 
@@ -60,6 +68,9 @@ def decode_clip(
         width, height: px.
         only: numbers of the frames to return, ascending, byte for byte as they are in the whole; all when absent.
         out: uint8 [frames returned, height, width, 3] to write to, made when absent.
+        source_fps: the rate to take the file's frames at, whatever its time stamps say: frame k is on show from
+            k / source_fps on. 0: the time stamps tell.
+        fill: what follows where the file has fewer frames than the clip.
 
     Returns:
         uint8 RGB [frames returned, height, width, 3]; `out` where it was given.
@@ -69,11 +80,27 @@ def decode_clip(
         out = np.empty((len(numbers), height, width, 3), np.uint8)
     with _errors_named(path):
         _require_regular_file(path)
-        if is_video:
-            decode_video(path, start, fps, numbers, out)
+        if is_video and fill:
+            _decode_filled(path, start, fps, [fill.number(number) for number in numbers], out, source_fps)
+        elif is_video:
+            _reader(path)(path, start, fps, numbers, out, source_fps)
         else:
             out[:] = decode_image(path, width, height)
     return out
+
+
+def _reader(path: Path) -> VideoReader:
+    return decode_animation if path.suffix.lower() in ANIMATION_SUFFIXES else decode_video
+
+
+def _decode_filled(
+    path: Path, start: Fraction, fps: Fraction, numbers: Sequence[int], out: np.ndarray, source_fps: Fraction
+) -> None:
+    """A video reader's work for numbers in any order: each frame is decoded once and copied to where it belongs."""
+    distinct, place = np.unique(numbers, return_inverse=True)
+    decoded = np.empty((len(distinct), *out.shape[1:]), np.uint8)
+    _reader(path)(path, start, fps, distinct.tolist(), decoded, source_fps)
+    decoded.take(place, axis=0, out=out, mode="clip")  # "raise" would make a copy of `out` first
 
 
 @contextmanager

@@ -1,32 +1,39 @@
-"""Fills the cache: worker processes decode ahead, every rank's device encodes its share, one encoder at a time."""
+"""Fills the cache: worker processes decode ahead, every rank's device encodes what it takes, one encoder at a time."""
 
-import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 import torch
 
 from models.base import ClipEnds, Encoder
-from utils.data.cache import CacheStore, write_whole
-from utils.data.decode_pool import Decoded, PixelJob, decoded_clips
+from utils.data.cache import CacheStore
+from utils.data.crew import Crew
+from utils.data.decode_pool import Decoded, PixelJob, decoded_bytes, decoded_clips
+from utils.data.handout import Handout, failure_of
+from utils.data.listing import Skipped
 from utils.data.manifest import CaptionJob, Job, Manifest
 from utils.data.records import TEXT
-from utils.data.scan import Skipped, reason_of
+from utils.data.room import full_disk_told
+from utils.data.scan import reason_of
 from utils.data.workers import Progress, Silent
 
-FAILED_FOLDER = "failed"  # in the cache's root: one note an item that could not be made
+# NFS may hide a new file for so long from a machine that has looked for it before.
+_ARRIVAL_S = 40.0
+_LOOK_S = 0.5
 
 
 class Made(NamedTuple):
     """Distinct cache entries of one kind."""
 
-    encoded: int
-    reused: int  # there before
+    encoded: int  # by this job
+    reused: int  # there before, or made meanwhile by another run
 
 
 @dataclass(frozen=True)
@@ -36,18 +43,30 @@ class PrecacheReport:
     made: dict[str, Made]  # by kind of encoder, in the order in which they ran
     seconds: float
     failed: dict[str, Skipped]  # the cache's key -> why, one key a clip; only with skip_bad_media
+    damaged: int = 0  # entries among `made` that were there, cut short, and were made anew
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Station:
-    """What one rank works with."""
+    """What one rank works with at one encoder."""
 
     store: CacheStore
+    crew: Crew
+    encoder: Encoder
+    jobs: Sequence[Job]  # what all ranks are to make
+    handout: Handout
     device: torch.device
     workers: int
     batch_size: int
     decode_timeout_s: float
+    ring_bytes: int | None
     progress: Progress
+    begun: float = field(default_factory=monotonic)
+    made: int = 0  # by this rank
+    told: int = 0  # of those that others made, what the progress has heard of
+    loaded: bool = False
+    label: str = ""  # of the encoder
+    entry_bytes: int = 0  # of the last entry
 
 
 def precache(
@@ -58,53 +77,56 @@ def precache(
     device: torch.device,
     workers: int,
     batch_size: int,
-    rank: int = 0,
-    world: int = 1,
+    crew: Crew | None = None,
     barrier: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
     decode_timeout_s: float = 120.0,
+    ring_bytes: int | None = None,
     skip_bad_media: bool = False,
+    regenerate: bool = False,
 ) -> PrecacheReport:
     """Make every entry that `manifests` lack; call it on every rank with the same manifests.
 
-    Ranks share nothing but the cache folder: each takes every `world`-th missing item, and waits for the others once an
-    encoder. Items that fail are noted in the folder, so that all ranks come to the same end.
+    Ranks share nothing but the cache folder: each takes what nobody else is at, other runs on the same folder included,
+    and waits for the others once an encoder. Items that fail are noted in the folder, so that all ranks come to the
+    same end.
 
     Args:
         workers: decoding processes of this rank; 0 decodes in this one.
         batch_size: items a forward pass, of one shape.
+        crew: the ranks of this job, entered; None: this one alone.
         decode_timeout_s: how long one clip may take before it counts as unreadable.
+        ring_bytes: memory of this rank for decoded clips, at most.
         skip_bad_media: report clips that cannot be decoded in `failed`; drop them with `Manifest.without`.
+        regenerate: make what the manifests list even where it is there.
 
     Raises:
-        ValueError: clips cannot be decoded (all are listed), or an encoder gave NaN.
+        ValueError: clips cannot be decoded (all are listed), an encoder gave NaN, or a clip is larger than the memory.
+        OSError: the disk is full.
+        PeerLost: another rank has ended before its time.
         RuntimeError: entries are missing though nobody reported a failure.
     """
     begun = monotonic()
-    station = _Station(store, device, workers, max(1, batch_size), decode_timeout_s, progress or Silent())
     made: dict[str, Made] = {}
     failed: dict[str, Skipped] = {}
-    for encoder in encoders:
-        missing = _missing(manifests, encoder)
-        jobs = _less_lost(missing, manifests, failed)
-        share = jobs[rank::world]
-        if share:
-            whose = "" if world == 1 else f", rank {rank}'s share of {len(jobs)}"
-            station.progress.start(len(share), f"encoding {encoder.kind}{whose}")
-            encoder.load(device)
-            try:
-                with torch.inference_mode():
-                    _ENCODE[encoder.reads](station, encoder, share)
-            finally:
-                encoder.unload()
-                station.progress.done()
-        barrier()
-        lost = _audit(store, encoder.kind, jobs)
-        if lost and not skip_bad_media:
-            raise ValueError(_failure_list(lost))
-        failed |= lost
-        made[encoder.kind] = Made(len(jobs) - len(lost), _num_wanted(manifests, encoder.kind) - len(missing))
-    return PrecacheReport(made, monotonic() - begun, failed)
+    damaged = 0
+    with nullcontext(crew) if crew else Crew.alone(store.root) as crew:
+        for encoder in encoders:
+            missing = _missing(manifests, encoder)
+            jobs = _less_lost(missing, manifests, failed)
+            handout = Handout(store, encoder.kind, jobs, crew, regenerate=regenerate)
+            station = _Station(
+                store, crew, encoder, jobs, handout, device, workers, max(1, batch_size), decode_timeout_s, ring_bytes,
+                progress or Silent(),
+            )  # fmt: skip
+            lost, ours, mended = _fill(station, barrier)
+            if lost and not skip_bad_media:
+                raise ValueError(_failure_list(lost))
+            failed |= lost
+            damaged += mended
+            there = _num_wanted(manifests, encoder.kind) - len(missing)
+            made[encoder.kind] = Made(ours, there + len(jobs) - len(lost) - ours)
+    return PrecacheReport(made, monotonic() - begun, failed, damaged)
 
 
 def _missing(manifests: Iterable[Manifest], encoder: Encoder) -> list[Job]:
@@ -136,23 +158,63 @@ def _num_wanted(manifests: Iterable[Manifest], kind: str) -> int:
 # --- one rank's share -------------------------------------------------------------------------------------------------
 
 
-def _encode_clips(station: _Station, encoder: Encoder, jobs: Sequence[PixelJob], ends_only: bool) -> None:
-    decoding = decoded_clips(jobs, station.workers, station.batch_size, station.decode_timeout_s, ends_only)
+def _fill(station: _Station, barrier: Callable[[], None]) -> tuple[dict[str, Skipped], int, int]:
+    """Make everything of one kind, together with the other ranks: what failed, and how many of all ranks' entries are
+    new, and were damaged."""
+    crew, kind = station.crew, station.encoder.kind
+    _work(station)
+    crew.post(f"made-{kind}", station.made)
+    crew.post(f"damaged-{kind}", station.handout.damaged)
+    crew.meet(barrier)
+    lost = _audit(station.store, kind, station.jobs, crew)
+    return lost, crew.total(f"made-{kind}"), crew.total(f"damaged-{kind}")
+
+
+def _work(station: _Station) -> None:
+    """Take and encode until everything is made, by whomever."""
+    if not station.jobs:
+        return
+    encoder, handout = station.encoder, station.handout
+    station.progress.start(len(station.jobs), f"encoding {encoder.kind}")
+    try:
+        with torch.inference_mode(), full_disk_told(station.store.root, lambda: handout.num_left * station.entry_bytes):
+            _ENCODE[encoder.reads](station)
+            while handout.wait(partial(_tell_of_others, station)):
+                _ENCODE[encoder.reads](station)
+        _tell_of_others(station)
+    finally:
+        handout.drop()
+        if station.loaded:
+            encoder.unload()
+        station.progress.done()
+
+
+def _encode_clips(station: _Station, ends_only: bool) -> None:
+    decoding = decoded_clips(
+        station.handout.take(),
+        station.workers,
+        station.batch_size,
+        station.decode_timeout_s,
+        ends_only,
+        slot_bytes=decoded_bytes(station.jobs, ends_only),
+        ring_bytes=station.ring_bytes,
+        ahead=station.handout.ahead,
+    )
     # Closed by hand: after an error the traceback would keep the generator, and with it the workers, alive.
     with closing(decoding) as decoded:
         for batch in _batches(_readable(decoded, station), station.batch_size):
             items = [ClipEnds(item.pixels, item.job.bucket.frames) if ends_only else item.pixels for item in batch]
-            _encode_batch(station, encoder, [item.job for item in batch], items)
+            _encode_batch(station, [item.job for item in batch], items)
 
 
-def _encode_captions(station: _Station, encoder: Encoder, jobs: Sequence[CaptionJob]) -> None:
-    for first in range(0, len(jobs), station.batch_size):
-        batch = jobs[first : first + station.batch_size]
-        _encode_batch(station, encoder, batch, [job.caption for job in batch])
+def _encode_captions(station: _Station) -> None:
+    jobs = station.handout.take()
+    while batch := list(islice(jobs, station.batch_size)):
+        _encode_batch(station, batch, [job.caption for job in batch])
 
 
 # what an encoder reads -> how its jobs are done
-_ENCODE: dict[str, Callable[[_Station, Encoder, Sequence], None]] = {
+_ENCODE: dict[str, Callable[[_Station], None]] = {
     "pixels": partial(_encode_clips, ends_only=False),
     "ends": partial(_encode_clips, ends_only=True),
     "caption": _encode_captions,
@@ -160,11 +222,12 @@ _ENCODE: dict[str, Callable[[_Station, Encoder, Sequence], None]] = {
 
 
 def _by_shape(job: PixelJob) -> tuple[object, ...]:
-    return job.bucket, job.path, job.start
+    """The largest first: what takes longest is begun first, and memory that runs out does so at once."""
+    return -math.prod(job.bucket), job.bucket, job.path, job.start
 
 
 def _by_length(job: CaptionJob) -> tuple[object, ...]:
-    return len(job.caption), job.caption
+    return -len(job.caption), job.caption
 
 
 # what an encoder reads -> the order of its jobs
@@ -181,8 +244,7 @@ def _readable(decoded: Iterable[Decoded], station: _Station) -> Iterator[Decoded
         if item.error is None:
             yield item
         else:
-            note = {"path": str(item.job.path), "reason": reason_of(item.error)}
-            write_whole(_note_path(station.store, item.job.key), json.dumps(note).encode())
+            station.handout.finish(item.job, (item.job.path, reason_of(item.error)))
             station.progress.advance(1, item.job.path.name)
 
 
@@ -201,34 +263,63 @@ def _batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
         yield batch
 
 
-def _encode_batch(station: _Station, encoder: Encoder, jobs: Sequence[Job], items: list) -> None:
-    for job, tensors in zip(jobs, encoder.encode(items), strict=True):
-        station.store.write(encoder.kind, job.key, tensors, {"name": job.name})
-    station.progress.advance(len(jobs), jobs[-1].name)
+def _encode_batch(station: _Station, jobs: Sequence[Job], items: list) -> None:
+    station.crew.check()
+    if not station.loaded:  # only now: a rank that finds nothing to do needs no weights
+        station.loaded, station.label = True, _label(station.encoder)
+        station.encoder.load(station.device)
+    for job, tensors in zip(jobs, station.encoder.encode(items), strict=True):
+        station.entry_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        station.store.write(station.encoder.kind, job.key, tensors, {"name": job.name, "encoder": station.label})
+        station.handout.finish(job)
+    station.made += len(jobs)
+    station.progress.advance(len(jobs), jobs[-1].name + _own_part(station))
+    station.handout.look()
+    _tell_of_others(station)
+
+
+def _label(encoder: Encoder) -> str:
+    """What an entry says of its maker, for people: the key alone decides what it is good for."""
+    told = encoder.fingerprint()
+    words = (told.get("encoder", type(encoder).__name__), told.get("dtype", ""), *told.get("files", ())[:1])
+    return " ".join(Path(word).name for word in map(str, words) if word)
+
+
+def _tell_of_others(station: _Station) -> None:
+    """The progress counts everything, whoever made it, so that its rate and time left are those of the whole."""
+    news, others = station.handout.came - station.told, station.handout.num_elsewhere
+    station.told += news
+    if news or not station.handout.num_left - others:
+        at = f"{others} are being made elsewhere" if others else "made elsewhere"
+        station.progress.advance(news, at + _own_part(station))
+
+
+def _own_part(station: _Station) -> str:
+    """This rank's part of the rate that is shown, where it is not all."""
+    if station.crew.world == 1 and not station.handout.came:
+        return ""
+    return f" (this rank: {station.made}, {station.made / max(monotonic() - station.begun, 1e-3):.3g}/s)"
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------
 
 
-def _audit(store: CacheStore, kind: str, jobs: Sequence[Job]) -> dict[str, Skipped]:
+def _audit(store: CacheStore, kind: str, jobs: Sequence[Job], crew: Crew) -> dict[str, Skipped]:
     """Key -> why, of the jobs that failed on whatever rank; every other one must have its entry."""
     failed: dict[str, Skipped] = {}
+    patience = monotonic() + (_ARRIVAL_S if crew.world > 1 else 0)
     for job in jobs:
-        if store.has(kind, job.key):
-            continue
-        note_path = _note_path(store, job.key)
-        if not note_path.exists():
-            raise RuntimeError(
-                f"{job.name} is missing from the cache at {store.path(kind, job.key)} after pre-caching, and no rank"
-                " reported a failure; do all nodes see the same cache folder?"
-            )
-        note = json.loads(note_path.read_bytes())
-        failed[job.key] = Skipped(Path(note["path"]), note["reason"], bad=True)
+        while not store.has(kind, job.key):
+            if failure := failure_of(crew, job.key):
+                failed[job.key] = Skipped(*failure, bad=True)
+                break
+            if monotonic() > patience:
+                raise RuntimeError(
+                    f"{job.name} is missing from the cache at {store.path(kind, job.key)} after pre-caching, and no"
+                    " rank reported a failure; do all nodes see the same cache folder?"
+                )
+            sleep(_LOOK_S)
     return failed
-
-
-def _note_path(store: CacheStore, key: str) -> Path:
-    return store.root / FAILED_FOLDER / f"{key}.json"
 
 
 def _failure_list(failed: dict[str, Skipped]) -> str:

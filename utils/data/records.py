@@ -1,10 +1,10 @@
 """The nouns of the data path, frozen: MediaFile, Clip, Bucket, Entry."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 TEXT = "text"  # kind of the encoder that reads captions; every other kind is made of a clip's pixels
 
@@ -33,6 +33,18 @@ class MediaFile:
     duration: Fraction  # s
     is_video: bool
     captions: tuple[str, ...]  # empty where there is none
+    offset: Fraction = Fraction(0)  # s; where the part that may be used begins: `frames` and `duration` are the part's
+
+
+class Fill(NamedTuple):
+    """How the frames of a file that is shorter than its bucket are made to last."""
+
+    how: Literal["loop", "pad"]  # from the first frame again, or the last one held
+    frames: int  # that the file has at the clip's rate
+
+    def number(self, index: int) -> int:
+        """The frame of the file that stands at `index` of the clip."""
+        return index % self.frames if self.how == "loop" else min(index, self.frames - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,15 @@ class Clip:
     start: Fraction  # s
     fps: Fraction  # target rate; 0 for an image
     group: int  # index of the [[directory]] it comes from
+    source_fps: Fraction = Fraction(0)  # the file's frame k is on show from k / source_fps on; 0: its time stamps tell
+    fill: Fill | None = None
+    turns: tuple[Fraction, ...] = ()  # further starts, s: the uses of the sample take `start` and these in turn
+
+    def each_turn(self) -> tuple["Clip", ...]:
+        """What is encoded: one clip a start."""
+        if not self.turns:
+            return (self,)
+        return tuple(replace(self, start=start, turns=()) for start in (self.start, *self.turns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +77,17 @@ class Entry:
     bucket: Bucket
     group: int  # index of the [[directory]]
     media_kinds: tuple[str, ...]  # what is encoded of its pixels; all entries share this one tuple
-    media_keys: tuple[str, ...]  # the cache's key of each
+    media_keys: tuple[str, ...]  # the cache's key of each; a further set of them for each further turn
     text_keys: tuple[str, ...]  # one a caption; a draw picks one; none where no encoder reads captions
 
     def media(self) -> Iterator[tuple[str, str]]:
         """(kind, key) of everything encoded of its pixels."""
-        return zip(self.media_kinds, self.media_keys, strict=True)
+        return zip(self.media_kinds * self._turns(), self.media_keys, strict=True)
+
+    def media_of(self, turn: int) -> Iterator[tuple[str, str]]:
+        """(kind, key) of what use number `turn` (from 0) reads."""
+        first = turn % self._turns() * len(self.media_kinds)
+        return zip(self.media_kinds, self.media_keys[first : first + len(self.media_kinds)], strict=True)
+
+    def _turns(self) -> int:
+        return len(self.media_keys) // len(self.media_kinds) if self.media_kinds else 1

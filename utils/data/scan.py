@@ -1,96 +1,115 @@
-"""Lists a folder's media with their captions, probed by worker processes and remembered on disk."""
+"""Media files with their captions, of what a [[directory]] names: probed by worker processes, remembered on disk."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from utils.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, Probe, probe
+from utils.data.archives import Archives
+from utils.data.captions import CaptionSettings, Unusable, read_caption_file, trained_captions, trigger_notices
+from utils.data.listing import Item, Skipped
+from utils.data.media import MediaError, Probe, probe
 from utils.data.records import MediaFile
+from utils.data.sources import list_source
 from utils.data.stat_index import StatIndex, hash_file
 from utils.data.workers import Progress, Silent, WorkerLost, WorkerPool
 
-MEDIA_SUFFIXES = VIDEO_SUFFIXES | IMAGE_SUFFIXES
-CAPTIONS_FILE = "captions.json"
-# What lies beside media without being meant as such: captions, caches, notes.
-_COMPANION_SUFFIXES = frozenset([".txt", ".json", ".jsonl", ".npz", ".safetensors", ".parquet", ".bak", ".db"])
 _PROBE_TIMEOUT_S = 120.0
 _PROBE_VERSION = 1  # raise it when `probe` tells other numbers of the same file
-_MAX_NAMES = 5
 
 
-class Skipped(NamedTuple):
-    """A file that gives no sample."""
+class ScanSettings(CaptionSettings, Protocol):
+    """What a `[[directory]]` says of where its media and captions are."""
 
-    path: Path
-    reason: str  # without the file's name
-    bad: bool  # it cannot be read, in contrast to being out of place or too short
+    @property
+    def path(self) -> Path | str: ...
 
-    def __str__(self) -> str:
-        return f"{self.path.name}: {self.reason}"
+    @property
+    def recursive(self) -> bool: ...
+
+    @property
+    def media(self) -> str:
+        """'all', 'videos' or 'images'."""
+
+
+class Scan(NamedTuple):
+    """What a `[[directory]]` comes to."""
+
+    media: list[MediaFile]
+    skipped: list[Skipped]
+    notices: list[str]  # what a person should know of
 
 
 def scan_directory(
-    folder: Path,
+    settings: ScanSettings,
     *,
-    caption_prefix: str,
-    skip_empty_caption: bool,
     workers: int,
     index: StatIndex,
+    archives: Path,
     progress: Progress | None = None,
-) -> tuple[list[MediaFile], list[Skipped]]:
-    """Every file directly in `folder`, sorted by name: usable media, and the others with the reason.
-
-    A caption is the text of `<stem>.txt`, or what `captions.json` says of the file; then text files are not read, as in
-    diffusion-pipe.
+) -> Scan:
+    """Every file that `settings.path` names, in an order that is the same everywhere: usable media, and the others with
+    the reason.
 
     Args:
-        caption_prefix: put before every caption, without a space.
-        skip_empty_caption: leave out media without a caption, else the prefix alone is the caption.
         workers: processes that read files which `index` does not know; 0 reads them in this one.
+        archives: the folder where tar archives are unpacked.
 
     Raises:
-        ValueError: `folder` is no folder, or captions.json is damaged.
+        ValueError: the path is no folder, index or archive, or its captions.json or index is damaged.
     """
-    if not folder.is_dir():
-        raise ValueError(f"[[directory]] path = {str(folder)!r} is not a folder")
-    files = sorted(folder.iterdir())
-    listed = _read_captions_json(folder / CAPTIONS_FILE)
-    media, skipped = _sort_out(files)
-    captions: dict[Path, tuple[str, ...]] = {}
-    for path in media:
+    path = Path(settings.path)
+    items, skipped, notices = list_source(
+        path,
+        recursive=settings.recursive,
+        caption_extension=settings.caption_extension,
+        archives=Archives(archives, index),
+    )
+    captioned: list[tuple[Item, tuple[str, ...]]] = []
+    for item in items:
         try:
-            captions[path] = _captions(path, listed, caption_prefix, skip_empty_caption)
-        except _Unusable as error:
-            skipped.append(Skipped(path, str(error), error.bad))
-    found, unreadable = _look_at(list(captions), workers, index, progress or Silent())
+            captioned.append((item, _captions(item, settings)))
+        except Unusable as error:
+            skipped.append(Skipped(item.path, str(error), error.bad))
+    distinct = dict.fromkeys(item.path for item, _ in captioned)  # an index may use several parts of one video
+    found, unreadable = _look_at(list(distinct), workers, index, progress or Silent())
     skipped += unreadable
-    skipped += _captions_without_file(folder, listed, media)
-    return [MediaFile(path, *found[path], captions[path]) for path in captions if path in found], skipped
+    media: list[MediaFile] = []
+    for item, captions in captioned:
+        if item.path in found:
+            try:
+                media.append(_part(item, MediaFile(item.path, *found[item.path], captions)))
+            except Unusable as error:
+                skipped.append(Skipped(item.path, f"{item.source}: {error}", error.bad))
+    notices += trigger_notices([file.captions for file in media], settings)
+    return Scan(media, skipped, [f"{path}: {notice}" for notice in notices])
 
 
-# --- what lies in the folder ------------------------------------------------------------------------------------------
+def _captions(item: Item, settings: CaptionSettings) -> tuple[str, ...]:
+    if item.written is not None:
+        return trained_captions(item.written, item.source, settings)
+    beside = item.path.with_suffix(settings.caption_extension)
+    return trained_captions(read_caption_file(beside), beside.name, settings)
 
 
-def _sort_out(files: Sequence[Path]) -> tuple[list[Path], list[Skipped]]:
-    media, skipped = [], []
-    for path in files:
-        suffix = path.suffix.lower()
-        if path.name.startswith(".") or (suffix in _COMPANION_SUFFIXES and not path.is_dir()):
-            continue
-        if path.is_dir():
-            inside = sum(entry.suffix.lower() in MEDIA_SUFFIXES for entry in path.iterdir())
-            if inside:
-                reason = (
-                    f"sub-folders are not scanned, {inside} media files are left out; give it its own [[directory]]"
-                )
-                skipped.append(Skipped(path, reason, bad=False))
-        elif suffix in MEDIA_SUFFIXES:
-            media.append(path)
-        else:
-            skipped.append(Skipped(path, f"is not a media file ({suffix or 'no suffix'})", bad=False))
-    return media, skipped
+def _part(item: Item, media: MediaFile) -> MediaFile:
+    """`media` cut down to the part that `item` leaves of it."""
+    if not item.start and item.end is None:
+        return media
+    if not media.is_video:
+        raise Unusable("start and end are for videos, and this is an image", bad=True)
+    end = media.duration if item.end is None else min(item.end, media.duration)
+    # No frame may be asked for that comes on show at `end` or later.
+    frames = math.floor((end - item.start) * media.fps)
+    if frames < 1:
+        part, whole = f"{float(item.start):g} s to {float(end):g} s", f"{float(media.duration):g} s"
+        raise Unusable(f"there is no frame from {part}; the video has {whole}", bad=True)
+    return replace(media, frames=frames, duration=frames / media.fps, offset=item.start)
+
+
+# --- what the files hold ----------------------------------------------------------------------------------------------
 
 
 def _look_at(
@@ -98,14 +117,18 @@ def _look_at(
 ) -> tuple[dict[Path, tuple[Any, ...]], list[Skipped]]:
     """Content hash and probe of each file, as `MediaFile` takes them; from memory where nothing changed."""
     found: dict[Path, tuple[Any, ...]] = {}
-    unknown = []
+    unknown: list[Path] = []
+    bad: list[Skipped] = []
     for path in paths:
-        remembered = index.get(path)
+        try:
+            remembered = index.get(path)
+        except OSError as error:  # a link to nothing, or a folder that may not be entered
+            bad.append(Skipped(path, f"cannot be looked at ({error.strerror})", bad=True))
+            continue
         if remembered is None or remembered[0] != _PROBE_VERSION:
             unknown.append(path)
         else:
             found[path] = _from_json(remembered)
-    bad = []
     if unknown:
         progress.start(len(unknown), "reading media files")
         with WorkerPool(describe, min(workers, len(unknown)), _PROBE_TIMEOUT_S) as pool:
@@ -138,67 +161,3 @@ def reason_of(error: Exception) -> str:
 def _from_json(value: Sequence[Any]) -> tuple[Any, ...]:
     _, digest, width, height, frames, fps, duration, is_video = value
     return digest, *Probe(width, height, frames, Fraction(fps), Fraction(duration), is_video)
-
-
-# --- captions ---------------------------------------------------------------------------------------------------------
-
-
-class _Unusable(Exception):
-    def __init__(self, reason: str, bad: bool) -> None:
-        super().__init__(reason)
-        self.bad = bad
-
-
-def _captions(path: Path, listed: Mapping[str, Sequence[str]] | None, prefix: str, skip_empty: bool) -> tuple[str, ...]:
-    found = _read_text(path.with_suffix(".txt")) if listed is None else listed.get(path.name, ())
-    captions = [caption.strip() for caption in found]
-    captions = [caption for caption in captions if caption] or captions[:1]
-    if not any(captions):
-        if skip_empty:
-            source = CAPTIONS_FILE if listed is not None else path.with_suffix(".txt").name
-            lack = "is empty" if captions else "is missing"
-            raise _Unusable(
-                f"its caption in {source} {lack}; write one, or set skip_empty_caption = false to train without",
-                bad=False,
-            )
-        captions = [""]
-    return tuple(prefix + caption for caption in captions)
-
-
-def _read_text(path: Path) -> Sequence[str]:
-    try:
-        return [path.read_bytes().decode("utf-8-sig")]
-    except FileNotFoundError:
-        return []
-    except UnicodeDecodeError as error:
-        raise _Unusable(
-            f"its caption {path.name} is not UTF-8 (byte {error.start}); save it as UTF-8", bad=True
-        ) from None
-
-
-def _read_captions_json(path: Path) -> dict[str, list[str]] | None:
-    """File name -> captions; None where there is no captions.json."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:  # also UnicodeDecodeError
-        raise ValueError(f"{path}: cannot be read as UTF-8 JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be an object of file names and captions, is a {type(content).__name__}")
-    return {name: _as_list(path, name, value) for name, value in content.items()}
-
-
-def _as_list(path: Path, name: str, value: Any) -> list[str]:
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{path}: {name!r} must have a caption or a list of captions, has {value!r}")
-    return captions
-
-
-def _captions_without_file(folder: Path, listed: Mapping[str, Any] | None, media: Iterable[Path]) -> list[Skipped]:
-    lost = sorted(set(listed or ()) - {path.name for path in media})
-    if not lost:
-        return []
-    names = ", ".join(lost[:_MAX_NAMES]) + (", ..." if len(lost) > _MAX_NAMES else "")
-    return [Skipped(folder / CAPTIONS_FILE, f"names {len(lost)} files that are not in the folder: {names}", bad=False)]

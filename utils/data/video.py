@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 
 import av
@@ -128,36 +129,114 @@ def _shown_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def decode_video(path: Path, start: Fraction, fps: Fraction, numbers: Sequence[int], out: np.ndarray) -> None:
-    """Fill `out`, uint8 [N, h, w, 3], with N frames of a clip: number i is on show `start + i / fps` s after the first.
-
-    What lies between them is decoded all the same, only not scaled. Seeking a second time would seldom save more: x264
-    puts 250 frames between key frames by default, and a clip is shorter, so it would decode the same ones again.
-    """
-    # A seek should land on the key frame at or before the start. MPEG-TS has no index and lands past it.
-    seeks_s = [max(Fraction(0), start - lead_s) for lead_s in _SEEK_LEADS_S]
-    for seek_s in dict.fromkeys([*seeks_s, Fraction(0)]):
-        with _opened(path) as (container, stream):
-            if seek_s:
-                tick = (stream.start_time or 0) + math.floor(seek_s / stream.time_base)
-                container.seek(tick, stream=stream, backward=True)
-            if _fill(path, container.decode(stream), stream, start, fps, numbers, out, sought=bool(seek_s)):
-                return
-
-
-def _fill(
+def decode_video(
     path: Path,
-    decoded: Iterator[VideoFrame],
-    stream: VideoStream,
     start: Fraction,
     fps: Fraction,
     numbers: Sequence[int],
     out: np.ndarray,
-    sought: bool,
-) -> bool:
+    source_fps: Fraction = Fraction(0),
+) -> None:
+    """Fill `out`, uint8 [N, h, w, 3], with N frames of a clip: number i is on show `start + i / fps` s after the first.
+
+    What lies between them is decoded all the same, only not scaled. Seeking a second time would seldom save more: x264
+    puts 250 frames between key frames by default, and a clip is shorter, so it would decode the same ones again.
+
+    Args:
+        numbers: ascending.
+        source_fps: take the file's frames to be that many a second, whatever their time stamps say; 0 believes these.
+    """
+    wanted = _Wanted(path, start, fps, numbers, source_fps)
+    # A seek should land on the key frame at or before the start. MPEG-TS has no index and lands past it.
+    seeks_s = [max(Fraction(0), wanted.begin_s - lead_s) for lead_s in _SEEK_LEADS_S]
+    for seek_s in dict.fromkeys([*seeks_s, Fraction(0)]):
+        with _opened(path) as (container, stream):
+            if seek_s:
+                tick = (stream.start_time or 0) + math.floor(seek_s / stream.time_base)
+                try:
+                    container.seek(tick, stream=stream, backward=True)
+                except av.FFmpegError:  # raw streams cannot be sought
+                    continue
+            if _fill(wanted, container.decode(stream), stream, out, sought=bool(seek_s)):
+                return
+
+
+class _Wanted:
+    """Which frames of a file a clip asks for, by their time stamps or by their numbers.
+
+    Args: as for `decode_video`.
+    """
+
+    def __init__(
+        self, path: Path, start: Fraction, fps: Fraction, numbers: Sequence[int], source_fps: Fraction
+    ) -> None:
+        self.path, self.fps, self.begin_s = path, fps, start
+        self._start, self._numbers = start, numbers
+        self._frames = [math.floor((start + i / fps) * source_fps) for i in numbers] if source_fps else None
+        self._ticks: list[int] | None = None
+        if self._frames is not None:
+            self._look_up(self._frames)
+        self._counts = self._frames is not None and self._ticks is None
+
+    def _look_up(self, frames: list[int]) -> None:
+        """The time stamps of numbered frames, so that they too can be sought."""
+        stamps, origin, time_base = _stamps(self.path)
+        if stamps is None:  # they can only be counted, from the first one on
+            self.begin_s = Fraction(0)
+            return
+        place = next((place for place, frame in enumerate(frames) if frame >= len(stamps)), None)
+        if place is not None:
+            raise self.too_short(place)
+        self._ticks = [stamps[frame] for frame in frames]
+        self.begin_s = (self._ticks[0] - origin) * time_base
+
+    def due(self, stream: VideoStream) -> list[int]:
+        """Latest time stamp that counts as shown at each wanted frame, in ticks of `clock`.
+
+        Half a tick is given: containers round time stamps to their own clock (Matroska: 1 ms).
+        """
+        if self._frames is not None:
+            return self._frames if self._ticks is None else self._ticks
+        origin = (stream.start_time or 0) + Fraction(1, 2)
+        return [math.floor(origin + (self._start + i / self.fps) / stream.time_base) for i in self._numbers]
+
+    def clock(self, stream: VideoStream) -> Callable[[VideoFrame], int]:
+        """The moment of each frame, called on them in their order."""
+        if self._counts:
+            counted = count()
+            return lambda frame: next(counted)
+        return _clock(stream)
+
+    def grace(self, stream: VideoStream, last: VideoFrame) -> int:
+        """Ticks that the file's last frame is on show: its own length, or one frame of either rate."""
+        if self._counts:
+            return 1
+        period = max(1 / self.fps, 1 / (stream.average_rate or self.fps)) / stream.time_base
+        return math.ceil(max(last.duration or 0, period) + 1)
+
+    def too_short(self, place: int) -> MediaError:
+        """The error of a file that ends before the wanted frame at `place`."""
+        at = f"from {float(self._start):.3f} s on at {float(self.fps):.5g} fps"
+        missing, last = self._numbers[place] + 1, self._numbers[-1] + 1
+        return MediaError(self.path, f"ends too early: frame {missing} of the {last} {at} could not be decoded")
+
+
+def _stamps(path: Path) -> tuple[list[int] | None, int, Fraction]:
+    """Time stamps of all frames on show in their order, of the first one and a tick's length; None where some lack one.
+
+    Read from the packets: nothing is decoded.
+    """
+    with _opened(path) as (container, stream):
+        packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        stamps = [packet.pts for packet in packets]
+        known = sorted(stamp for stamp in stamps if stamp is not None)
+        return known if len(known) == len(stamps) else None, stream.start_time or 0, stream.time_base
+
+
+def _fill(wanted: _Wanted, decoded: Iterator[VideoFrame], stream: VideoStream, out: np.ndarray, sought: bool) -> bool:
     """Pick and write every frame of the clip; False when a seek landed past the start, so that it must be redone."""
-    writer = _ClipWriter(path, stream, _due_ticks(stream, start, fps, numbers), out)
-    clock = _clock(stream)
+    writer = _ClipWriter(wanted.path, stream, wanted.due(stream), out)
+    clock = wanted.clock(stream)
     shown: VideoFrame | None = None
     tick = 0
     for frame in decoded:
@@ -172,23 +251,11 @@ def _fill(
     if shown is None:
         if sought:
             return False
-        raise MediaError(path, "no frame of it can be decoded")
-    # The last frame stays for its own length; time stamps are rounded, so one frame of either rate is let pass.
-    period = max(1 / fps, 1 / (stream.average_rate or fps)) / stream.time_base
-    if not writer.write_until(shown, math.ceil(tick + max(shown.duration or 0, period) + 1)):
-        at = f"from {float(start):.3f} s on at {float(fps):.5g} fps"
-        missing, last = numbers[writer.done] + 1, numbers[-1] + 1
-        raise MediaError(path, f"ends too early: frame {missing} of the {last} {at} could not be decoded")
+        raise MediaError(wanted.path, "no frame of it can be decoded")
+    # Time stamps are rounded, so one frame too few is let pass.
+    if not writer.write_until(shown, tick + wanted.grace(stream, shown)):
+        raise wanted.too_short(writer.done)
     return True
-
-
-def _due_ticks(stream: VideoStream, start: Fraction, fps: Fraction, numbers: Sequence[int]) -> list[int]:
-    """Latest time stamp that counts as shown at each wanted frame, in ticks.
-
-    Half a tick is given: containers round time stamps to their own clock (Matroska: 1 ms).
-    """
-    origin = (stream.start_time or 0) + Fraction(1, 2)
-    return [math.floor(origin + (start + i / fps) / stream.time_base) for i in numbers]
 
 
 def _clock(stream: VideoStream) -> Callable[[VideoFrame], int]:

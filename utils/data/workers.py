@@ -1,6 +1,7 @@
 """A pool of spawned processes in which a worker that dies or hangs costs its item and never the whole run."""
 
 import contextlib
+import math
 import pickle
 import signal
 from collections import deque
@@ -76,8 +77,18 @@ class WorkerPool:
         for worker in self._workers:
             worker.kill()
 
-    def run(self, items: Iterable[Any], ahead: int, name: Callable[[Any], str] = str) -> Iterator[Outcome]:
+    def run(
+        self,
+        items: Iterable[Any],
+        ahead: int | Callable[[], int],
+        name: Callable[[Any], str] = str,
+        overtake_s: float | None = None,
+    ) -> Iterator[Outcome]:
         """Outcomes in the order of `items`, of which at most `ahead` are handed out before their turn.
+
+        Args:
+            ahead: may change while it runs.
+            overtake_s: once others have waited for so long, they no longer wait for the one whose turn it is.
 
         Raises:
             WorkerLost: workers cannot even start.
@@ -85,32 +96,46 @@ class WorkerPool:
         if not self._workers:
             yield from (_call(self._function, item) for item in items)
             return
+        most = ahead if callable(ahead) else lambda: ahead
         source = enumerate(items)
-        waiting: dict[int, Any] = {}  # index -> item, handed out
+        waiting: dict[int, Any] = {}  # index -> item, handed out, oldest first
         finished: dict[int, Outcome] = {}
 
         def refill() -> None:
-            while len(waiting) + len(finished) < max(1, ahead) and (pulled := next(source, None)) is not None:
+            while len(waiting) + len(finished) < max(1, most()) and (pulled := next(source, None)) is not None:
                 index, item = pulled
                 waiting[index] = item
-                min(self._workers, key=lambda worker: len(worker.queue)).submit(index, item)
+                self._least_busy().submit(index, item)
 
-        turn = 0
         refill()
+        since = monotonic()  # when an outcome was last given
         while waiting or finished:
-            while turn not in finished:
-                for index, value, error in self._collect(name):
+            while not finished or next(iter(waiting), math.inf) < min(finished):
+                left_s = math.inf if overtake_s is None else max(0.0, since + overtake_s - monotonic())
+                if finished and not left_s:
+                    break
+                for index, value, error in self._collect(name, left_s if finished else math.inf):
                     finished[index] = Outcome(waiting.pop(index), value, error)
-            outcome = finished.pop(turn)
-            turn += 1
+            outcome = finished.pop(min(finished))
             refill()  # before the caller goes off with this one, or the workers would idle meanwhile
             yield outcome
+            since = monotonic()
 
-    def _collect(self, name: Callable[[Any], str]) -> Iterator[tuple[int, Any, Exception | None]]:
-        """Wait for a worker to answer or to fail; one (index, value, error) for each that did."""
+    def _least_busy(self) -> "_Worker":
+        worker = min(self._workers, key=lambda worker: len(worker.queue))
+        if worker.started and not worker.queue and not worker.process.is_alive():  # it died idle: no item is to blame
+            worker.kill()
+            fresh = self._workers[self._workers.index(worker)] = _Worker(self._function)
+            return fresh
+        return worker
+
+    def _collect(
+        self, name: Callable[[Any], str], longest_s: float = math.inf
+    ) -> Iterator[tuple[int, Any, Exception | None]]:
+        """Wait for a worker to answer or to fail, `longest_s` at most; one (index, value, error) for each that did."""
         busy = {worker.pipe: worker for worker in self._workers if worker.queue}
         patience_s = min(worker.since + self._patience_s(worker) for worker in busy.values()) - monotonic()
-        for pipe in multiprocess.connection.wait(list(busy), timeout=max(0.0, patience_s)):
+        for pipe in multiprocess.connection.wait(list(busy), timeout=max(0.0, min(patience_s, longest_s))):
             worker = busy.pop(pipe)
             try:
                 index, value, error = pipe.recv()

@@ -3,6 +3,7 @@
 Everything but `LiveLine` is a pure function from plain values to text or a rich renderable. Show them with `show`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,7 +31,7 @@ def show(console: Console, renderable: RenderableType) -> None:
 
 def counted(number: float, noun: str) -> str:
     """`1 step`, `14 steps`, `2 batches`, `12 000 steps`, `0.5 repeats`."""
-    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    ending = "es" if noun.endswith(("s", "x", "tch", "sh")) else "s"
     return f"{grouped(number)} {noun}{'' if number == 1 else ending}"
 
 
@@ -129,14 +130,22 @@ class Column(NamedTuple):
 
     title: str
     number: bool = True
+    whole: bool = False  # text that is not folded
 
 
-def _table(title: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+def _table(title: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]], gap: int = 3) -> Table:
+    """`gap`: spaces between columns, 2 or 3."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, gap - 2),
+    )
     for column in columns:
-        table.add_column(
-            column.title, justify="right" if column.number else "left", no_wrap=column.number, overflow="fold"
-        )
+        justify = "right" if column.number else "left"
+        table.add_column(column.title, justify=justify, no_wrap=column.number or column.whole, overflow="fold")
     for row in rows:
         # Text, for the reason that `show` gives
         table.add_row(*(Text(cell if isinstance(cell, str) else grouped(cell)) for cell in row))
@@ -162,7 +171,7 @@ def stage_table(rows: Sequence[StageRow]) -> Table:
     columns = [Column("stage"), Column("layers"), Column("parameters"), Column("trainable"), Column("memory")]
     with_experts, with_ranks = any(row.expert for row in rows), any(row.ranks for row in rows)
     if with_experts:
-        columns = [columns[0], Column("expert", number=False), *columns[1:], Column("host memory")]
+        columns = [columns[0], Column("expert", number=False, whole=True), *columns[1:], Column("host memory")]
     if with_ranks:
         columns.append(Column("ranks", number=False))
     cells = (
@@ -178,7 +187,7 @@ def stage_table(rows: Sequence[StageRow]) -> Table:
         ]
         for row in rows
     )
-    return _table("Pipeline stages", columns, cells)
+    return _table("Pipeline stages", columns, cells, gap=2 if with_experts else 3)
 
 
 class BucketRow(NamedTuple):
@@ -200,11 +209,26 @@ def bucket_table(rows: Sequence[BucketRow], title: str = "Buckets") -> Table:
 
 def skipped_table(rows: Sequence[tuple[str, str]], max_rows: int = 15, full_list: str = "skipped.jsonl") -> Table:
     """What is not trained on: rows of (file, reason); beyond `max_rows` the last row says where the rest is listed."""
+    title = f"Skipped: {counted(len(rows), 'file')}"
+    columns = [Column("file", number=False), Column("reason", number=False)]
+    return _table(title, columns, _some(rows, max_rows, full_list))
+
+
+def warning_table(rows: Sequence[tuple[str, str, str]], max_rows: int = 15, full_list: str = "warnings.jsonl") -> Table:
+    """What to look at: rows of (file, kind, sentence); `max_rows` as for `skipped_table`."""
+    columns = [Column(title, number=False) for title in ("file", "what", "why")]
+    kinds = Counter(kind for _, kind, _ in rows)
+    told = ", ".join(f"{kind} {grouped(count)}" for kind, count in kinds.most_common())
+    rare_first = sorted(rows, key=lambda row: kinds[row[1]])  # or what all clips have would hide the rest
+    return _table(f"Warnings: {told}", columns, _some(rare_first, max_rows, full_list))
+
+
+def _some(rows: Sequence[tuple[str, ...]], max_rows: int, full_list: str) -> list[tuple[str, ...]]:
     shown = list(rows[:max_rows])
     if len(rows) > max_rows:
-        shown.append((f"... and {grouped(len(rows) - max_rows)} more", f"all are listed in {full_list}"))
-    title = f"Skipped: {counted(len(rows), 'file')}"
-    return _table(title, [Column("file", number=False), Column("reason", number=False)], shown)
+        rest = f"... and {grouped(len(rows) - max_rows)} more"
+        shown.append((rest, *[""] * (len(rows[0]) - 2), f"all are listed in {full_list}"))
+    return shown
 
 
 # Lines

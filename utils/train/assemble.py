@@ -17,6 +17,7 @@ from utils.monitor.meters import Meters
 from utils.monitor.metrics import MetricsWriter
 from utils.monitor.progress import LiveProgress
 from utils.train import checkpoint, tell
+from utils.train.activity import LONG
 from utils.train.checkpoint import Part
 from utils.train.engine import ReelEngine
 from utils.train.evaluate import EvalSet
@@ -36,12 +37,17 @@ logger = logging.getLogger(__name__)
 def build_run(job: Job, data: Prepared) -> Run:
     """The engine, the plan and everything else that the loop needs; resumed where that was asked for."""
     config, settings = job.config, engine_settings(job.config)
+    job.activity.begin("building the model", patience=LONG)
     with captured_output(job.log_file):
         experts = build_experts(job.family, settings, dist.device())
     engine = experts.engine
+    job.activity.stage = engine.stage_id
+    for _, expert in experts.items():
+        expert.built.engine.activity = job.activity
     data_ranks = engine.grid.get_data_parallel_world_size()
     plan = make_plan(config, data.train, data_ranks)
-    course = course_of(config, plan, data.train) | turns(job.family)
+    course = course_of(config, plan, data.train) | turns(job.family) | adapter_course(config)
+    course["model"] = job.family.title
     state, meters = TrainState(), Meters()
     if job.resume:
         state = resume(job, experts, course, meters)
@@ -72,6 +78,8 @@ def build_run(job: Job, data: Prepared) -> Run:
         metadata=file_metadata(job, data.train),
         write_configs=lambda folder: write_configs(job.loaded, folder),
         base_lr=config.force_constant_lr or config.optimizer.lr,
+        activity=job.activity,
+        name_of=lambda entry: data.train.entries[entry].name,
         checkpointed=job.resume,
         last_checkpoint=state.step if job.resume else -1,
     )
@@ -94,11 +102,18 @@ def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -
     loaded = checkpoint.load(job.resume, parts)
     meters.load_state_dict(loaded.meters)
     if job.flags.reset_dataloader:
-        return loaded.state.restarted(loaded.epochs_done)
-    refuse_other_order(job.resume, loaded.course, course)
+        course = adapter_course(job.config)
+    else:
+        refuse_other_order(job.resume, loaded.course, course)
     for change in checkpoint.course_changes(loaded.course, course):
         logger.warning("changed since the checkpoint: %s", change)
-    return loaded.state
+    return loaded.state.restarted(loaded.epochs_done) if job.flags.reset_dataloader else loaded.state
+
+
+def adapter_course(config: RunConfig) -> dict[str, Any]:
+    """What the trained tensors count by and are added to: where it changed, they mean another change of weight."""
+    fused = [[str(entry.path), entry.weight, entry.expert] for entry in config.fused]
+    return {"alpha": config.adapter and config.adapter.alpha, "fuse_adapters": fused}
 
 
 def total_steps(config: RunConfig, plan: EpochPlan, state: TrainState) -> int:
@@ -154,6 +169,7 @@ def loop_settings(config: RunConfig, total: int) -> LoopSettings:
         save_dtype=DTYPES[config.save_dtype] if config.save_dtype else None,
         is_adapter=config.adapter is not None,
         formats=config.adapter.save_format if config.adapter else (),
+        compiles=config.compile,
     )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from models import adapters
 from models.adapter_layers import AdapterShape, add_adapter, initial_value
 from models.base import ModelFamily, WeightSource
+from models.fused import FusedWeights
 from models.quantised import FLOAT8
 from utils.train.engine import ReelEngine
-from utils.train.fuse import FusedWeights, Fusion, check_fusions, load_fusions
+from utils.train.fuse import Fusion, check_fusions, load_fusions
 from utils.train.optimizers import build_optimizer
 from utils.train.stages import LayerRunner, StagedModule, choose_bounds
 

@@ -115,6 +115,7 @@ def load(folder: Path, parts: Mapping[str, Part]) -> Loaded:
             f"{folder} holds {_experts(saved)}, and this run trains {_experts(set(parts))}; go on with the [model] "
             "table that it was made with"
         )
+    _refuse_other_tensors(folder, manifest, parts)
     for expert, part in parts.items():
         _load_weights(folder, _holders(manifest, ".safetensors", expert), part.trained)
         if part.optimizer is not None:
@@ -198,8 +199,10 @@ def read_course(folder: Path) -> dict[str, Any]:
 
 
 def course_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings that change which samples come when, as `key old -> new`."""
-    return [f"{key} {saved.get(key)} -> {now[key]}" for key in now if saved.get(key) != now[key]]
+    """Settings that are not what they were, as `key old -> new`; one that the checkpoint's version did not write yet
+    counts as unchanged."""
+    told = json.loads(json.dumps(now))  # as `saved` was: tuples are lists there
+    return [f"{key} {saved[key]} -> {told[key]}" for key in told if key in saved and saved[key] != told[key]]
 
 
 def _step_of(folder: Path) -> int:
@@ -312,13 +315,24 @@ def _finish(staging: Path, final: Path, told: Mapping[str, Any], files: dict[str
     _sync(final.parent)
 
 
+def _refuse_other_tensors(folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Part]) -> None:
+    """Raise where what all stages train and what was saved are not the same names: left out, a DoRA's magnitudes would
+    be gone without a word. All ranks raise alike."""
+    mine = json.dumps({expert: list(part.trained) for expert, part in parts.items()})
+    of_ranks = [json.loads(told) for told in dist.gather_text(mine)]
+    for expert in parts:
+        saved = set(_holders(manifest, ".safetensors", expert))
+        trained = {name for of_rank in of_ranks for name in of_rank[expert]}
+        found = {"missing": sorted(trained - saved), "not trained now": sorted(saved - trained)}
+        told = [f"{len(names)} {what}, first {names[0]}" for what, names in found.items() if names]
+        if told:
+            raise CheckpointError(
+                f"{folder} holds other tensors than this run trains: {', '.join(told)}; rank, exclude_modules and the "
+                "kind of adapter must be those of the run"
+            )
+
+
 def _load_weights(folder: Path, holder: Mapping[str, str], trained: Mapping[str, nn.Parameter]) -> None:
-    missing = sorted(set(trained) - set(holder))
-    if missing:
-        raise CheckpointError(
-            f"{folder} holds other tensors than this run trains: {len(missing)} missing, first {missing[0]}; "
-            "rank, exclude_modules and the kind of adapter must be those of the run"
-        )
     for file in sorted({holder[name] for name in trained}):
         with safe_open(folder / file, framework="pt") as reader:
             for name in (n for n in trained if holder[n] == file):

@@ -26,13 +26,37 @@ from torch import Tensor
 
 from models.base import MicroBatch
 from utils import dist as ours
+from utils.train.activity import NOBODY, Activity
 from utils.train.stages import StagedModule
 
+PORT_TAKEN = ("EADDRINUSE", "address already in use")
 HEADER_NUMBERS = 128  # int64 numbers of a header; a tensor takes 3 and its dimensions
 
 
 class NonFiniteError(ValueError):
     """The loss or the gradient is NaN or infinite; the weights have not been touched."""
+
+
+# instruction -> what it is to people, and the stage that it waits for, counted from this one
+NOTES: dict[type, tuple[str, int | None]] = {
+    schedule.LoadMicroBatch: ("reading the data", None),
+    schedule.ForwardPass: ("forward", None),
+    schedule.BackwardPass: ("backward", None),
+    schedule.SendActivation: ("sending activations", None),
+    schedule.RecvActivation: ("activations", -1),
+    schedule.SendGrad: ("sending gradients", None),
+    schedule.RecvGrad: ("gradients", +1),
+}
+
+
+def _noted(instruction: type, execute: Callable[..., None]) -> Callable[..., None]:
+    """`execute`, after the watchdog was told of it."""
+
+    def noted(engine: "ReelEngine", *arguments: Any, **named: Any) -> None:
+        engine._note(instruction)
+        execute(engine, *arguments, **named)
+
+    return noted
 
 
 class TensorHeader(NamedTuple):
@@ -103,6 +127,7 @@ class ReelEngine(PipelineEngine):
         self.bytes_sent = 0  # payload sent to other stages, for the benchmark
         self._micro = 0
         self.step_index = 0  # set by the loop; dropout counts from it
+        self.activity = Activity()  # replaced by the run's
         self._sends: list[tuple[Any, Tensor]] = []
 
     @property
@@ -131,6 +156,19 @@ class ReelEngine(PipelineEngine):
             self.module.train()
         self._finish_sends()
         return list(losses or [])
+
+    def _note(self, instruction: type) -> None:
+        """Let the watchdog know what comes now."""
+        if instruction not in NOTES:
+            self.activity.note("the optimizer step", None)
+            return
+        what, offset = NOTES[instruction]
+        peers = NOBODY if offset is None else (self.grid.stage_to_global(stage_id=self.stage_id + offset),)
+        self.activity.note_next(what, peers)
+
+    def _aggregate_total_loss(self) -> Tensor:
+        self.activity.note("the sum of the losses", None)
+        return super()._aggregate_total_loss()
 
     # --- instructions -------------------------------------------------------------------------------------------
 
@@ -206,14 +244,17 @@ class ReelEngine(PipelineEngine):
         super()._exec_optimizer_step(lr_kwargs)
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
-        **PipelineEngine._INSTRUCTION_MAP,
-        schedule.OptimizerStep: _exec_optimizer_step,
-        schedule.ForwardPass: _exec_forward_pass,
-        schedule.BackwardPass: _exec_backward_pass,
-        schedule.SendActivation: _exec_send_activations,
-        schedule.RecvActivation: _exec_recv_activations,
-        schedule.SendGrad: _exec_send_grads,
-        schedule.RecvGrad: _exec_recv_grads,
+        instruction: _noted(instruction, execute)
+        for instruction, execute in {
+            **PipelineEngine._INSTRUCTION_MAP,
+            schedule.OptimizerStep: _exec_optimizer_step,
+            schedule.ForwardPass: _exec_forward_pass,
+            schedule.BackwardPass: _exec_backward_pass,
+            schedule.SendActivation: _exec_send_activations,
+            schedule.RecvActivation: _exec_recv_activations,
+            schedule.SendGrad: _exec_send_grads,
+            schedule.RecvGrad: _exec_recv_grads,
+        }.items()
     }
 
     # --- parts --------------------------------------------------------------------------------------------------
@@ -248,18 +289,37 @@ class ReelEngine(PipelineEngine):
     def _finish_sends(self, keep: int = 0) -> None:
         """Wait for all sends but the last `keep`."""
         count = max(len(self._sends) - keep, 0)
+        if count:
+            self.activity.note("the others to take what was sent", None)
         for work, _ in self._sends[:count]:
             work.wait()
         self._sends = self._sends[count:]
 
 
 def init_distributed() -> None:
-    """Join the process group that the launcher described; without a launcher this process is all of it."""
+    """Join the process group that the launcher described; without a launcher this process is all of it.
+
+    Raises:
+        ValueError: the launcher's port is taken; or as `claim_device`.
+    """
     ours.claim_device()
     alone: dict[str, Any] = {}
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them here and there
         alone = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
-    deepspeed.init_distributed(
-        dist_backend=ours.backend(), auto_mpi_discovery=False, verbose=False, timeout=ours.COLLECTIVE_TIMEOUT, **alone
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=ours.backend(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=ours.COLLECTIVE_TIMEOUT,
+            **alone,
+        )
+    except torch.distributed.DistNetworkError as error:
+        if not any(sign in str(error) for sign in PORT_TAKEN):
+            raise
+        port = os.environ.get("MASTER_PORT", "29500")
+        raise ValueError(
+            f"port {port} of {os.environ.get('MASTER_ADDR', 'this machine')}, at which the ranks meet, is taken, most "
+            f"likely by another run; give this one its own: --master_port={int(port) + 1} before train.py"
+        ) from error

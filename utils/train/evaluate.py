@@ -1,6 +1,7 @@
 """Losses on held-out data, at fixed quantiles and with noise fixed by sample."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from utils.data.dataset import CachedDataset, EvalItem
 from utils.data.records import Bucket
 from utils.data.workers import Progress, Silent
 from utils.monitor.metrics import eval_tag, of_expert
+from utils.train.activity import Batch
 from utils.train.engine import ReelEngine
 from utils.train.experts import Experts
 from utils.train.optimizers import eval_mode
@@ -46,11 +48,11 @@ class Evaluation(NamedTuple):
     """One held-out dataset, by expert; each is measured over its own timesteps."""
 
     of: dict[str, EvalResult]
-    shares: Mapping[str, float]  # of the timestep distribution
+    shares: Mapping[str, float]  # of the steps
 
     @property
     def loss(self) -> float:
-        """The mean over the whole timestep distribution."""
+        """The mean over the timesteps that are trained on, as often as they are."""
         return sum(self.shares[expert] * result.loss for expert, result in self.of.items())
 
     def scalars(self, name: str) -> dict[str, float]:
@@ -62,7 +64,11 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_experts(
-    experts: Experts, eval_sets: Sequence[EvalSet], shares: Mapping[str, float], progress: Progress | None
+    experts: Experts,
+    eval_sets: Sequence[EvalSet],
+    shares: Mapping[str, float],
+    progress: Progress | None,
+    patience: float = 1.0,
 ) -> dict[str, Evaluation]:
     """Every dataset with every expert, by the dataset's name. Every rank calls this and gets the same result."""
     found = {eval_set.name: Evaluation({}, shares) for eval_set in eval_sets}
@@ -70,7 +76,7 @@ def evaluate_experts(
         family, built = experts.wake(name)
         with eval_mode(built.optimizer):
             for eval_set in eval_sets:
-                found[eval_set.name].of[name] = evaluate(built.engine, eval_set.of(name, family), progress)
+                found[eval_set.name].of[name] = evaluate(built.engine, eval_set.of(name, family), progress, patience)
     return found
 
 
@@ -87,15 +93,23 @@ def micro_batches(eval_set: EvalSet) -> list[list[EvalItem]]:
     return batches
 
 
-def evaluate(engine: ReelEngine, eval_set: EvalSet, progress: Progress | None = None) -> EvalResult:
-    """Every rank calls this and gets the same result. Weights, optimizer and random state stay as they are."""
+def evaluate(
+    engine: ReelEngine, eval_set: EvalSet, progress: Progress | None = None, patience: float = 1.0
+) -> EvalResult:
+    """Every rank calls this and gets the same result. Weights, optimizer and random state stay as they are.
+
+    Args:
+        patience: of a single micro-batch, in stall timeouts.
+    """
     batches = micro_batches(eval_set)
     data_ranks = engine.grid.get_data_parallel_world_size()
     mine = batches[engine.data_rank :: data_ranks]
     feed: Iterator[MicroBatch] | None = None
     if engine.is_first_stage() or engine.is_last_stage():
         feed = _feed(eval_set, mine, progress or Silent())
+    engine.activity.begin(f"the evaluation of {eval_set.name}", partial(_named, eval_set, mine), patience=patience)
     losses = engine.evaluate_batches(feed, len(mine))
+    engine.activity.note("the sum of the losses", None)
     # one cell a sample and quantile, filled by exactly one rank: the sum over ranks is exact
     table = torch.zeros(len(QUANTILES), len(eval_set.dataset.entries), dtype=torch.float64)
     for items, values in zip(mine, losses, strict=False):
@@ -103,6 +117,11 @@ def evaluate(engine: ReelEngine, eval_set: EvalSet, progress: Progress | None = 
             table[QUANTILES.index(item.quantile), item.entry] = value
     means = dist.sum_over_ranks(table).mean(dim=1).tolist()
     return EvalResult(sum(means) / len(means), dict(zip(QUANTILES, means, strict=True)), table.shape[1])
+
+
+def _named(eval_set: EvalSet, batches: Sequence[Sequence[EvalItem]], micro_batch: int | None) -> Batch:
+    entries = [eval_set.dataset.entries[item.entry] for item in batches[micro_batch or 0]]
+    return Batch(str(entries[0].bucket), [entry.name for entry in entries])
 
 
 def _feed(eval_set: EvalSet, batches: Sequence[Sequence[EvalItem]], progress: Progress) -> Iterator[MicroBatch]:

@@ -3,6 +3,7 @@
 from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,12 @@ def check_experts(family: ModelFamily, settings: EngineSettings) -> None:
         names = ", ".join(filter(None, experts))
         mend = f"its keys must be among {names}" if names else "this run trains one model: give it one path"
         raise ValueError(f"[adapter] init_from_existing names {', '.join(sorted(set(given) - set(experts)))}; {mend}")
+    if isinstance(given, Path) and given.is_file() and len(experts) > 1:
+        each = ", ".join(f"{name} = '...'" for name in experts)
+        raise ValueError(
+            f"[adapter] init_from_existing: '{given}' is one file, and this run trains two models; give each its own, "
+            f"{{{each}}}, or the folder that both were saved in"
+        )
     check_expert_names(settings.fuse, list(experts))
     for name, expert in experts.items():
         check_settings(expert, _settings_of(settings, name))

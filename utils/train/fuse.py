@@ -1,14 +1,14 @@
 """`fuse_adapters`: adapters merged into the model's weights while these are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from models import adapters
-from models.base import ModelFamily, WeightSource
+from models.base import ModelFamily
+from models.fused import FusedWeights, LoadedAdapter
 
 
 @dataclass(frozen=True)
@@ -18,37 +18,7 @@ class Fusion:
     path: Path
     weight: float = 1.0  # what its change of weight is multiplied with
     expert: str = ""  # whose weights; empty where there is one model
-
-
-class Loaded(NamedTuple):
-    """One adapter, read."""
-
-    key: str  # where it stands in the config, for messages
-    weight: float
-    modules: Mapping[str, Mapping[str, Tensor]]  # parts by module, on the CPU
-
-
-class FusedWeights:
-    """A checkpoint whose tensors come with the adapters' changes added in float32, in their order.
-
-    One tensor at a time: no more than one weight and its change are held. What it is stored in is decided later, so
-    nothing is rounded in between.
-    """
-
-    def __init__(self, weights: WeightSource, loaded: Sequence[Loaded]) -> None:
-        self._weights, self._loaded = weights, loaded
-
-    def names(self) -> set[str]:
-        return self._weights.names()
-
-    def read(self, name: str) -> Tensor:
-        tensor = self._weights.read(name)
-        module, _, leaf = name.rpartition(".")
-        for adapter in self._loaded if leaf == "weight" else ():
-            if module in adapter.modules:
-                base = tensor.float()
-                tensor = base + adapter.weight * adapters.delta_weight(adapter.modules[module], base)
-        return tensor
+    index: int | None = None  # in the config's list, for messages; its place among those given unless told
 
 
 def check_expert_names(fusions: Sequence[Fusion], experts: Sequence[str]) -> None:
@@ -64,22 +34,22 @@ def check_expert_names(fusions: Sequence[Fusion], experts: Sequence[str]) -> Non
         raise ValueError(f"fuse_adapters[{index}] {mend}")
 
 
-def load_fusions(family: ModelFamily, fusions: Sequence[Fusion]) -> list[Loaded]:
+def load_fusions(family: ModelFamily, fusions: Sequence[Fusion]) -> list[LoadedAdapter]:
     """Read the adapters, in any format that the family knows. `ValueError` names the entry that cannot be read."""
-    loaded: list[Loaded] = []
-    for index, fusion in enumerate(fusions):
-        key = f"fuse_adapters[{index}]"
+    loaded: list[LoadedAdapter] = []
+    for place, fusion in enumerate(fusions):
+        key = f"fuse_adapters[{place if fusion.index is None else fusion.index}]"
         try:
             # its own alpha is folded in; a DoRA counts from what the adapters before it made of the weights
             tensors = family.load_adapter(fusion.path, FusedWeights(family.open_weights(), loaded))
             modules = adapters.by_module(tensors)
         except (ValueError, OSError) as error:
             raise ValueError(f"{key}: {error}") from error
-        loaded.append(Loaded(key, fusion.weight, modules))
+        loaded.append(LoadedAdapter(key, fusion.weight, modules))
     return loaded
 
 
-def check_fusions(skeleton: nn.Module, loaded: Sequence[Loaded]) -> None:
+def check_fusions(skeleton: nn.Module, loaded: Sequence[LoadedAdapter]) -> None:
     """Whether the adapters can be merged into this model.
 
     Args:

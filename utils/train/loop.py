@@ -14,6 +14,7 @@ from models.base import ModelFamily
 from utils import dist
 from utils.data.loader import StepLoader
 from utils.data.plan import EpochPlan, StepPlan
+from utils.data.records import Bucket
 from utils.data.workers import Progress
 from utils.monitor.console import LiveLine, StepReport
 from utils.monitor.meters import Meters, StepTimes, peak_memory_gib
@@ -32,6 +33,7 @@ from utils.monitor.metrics import (
     of_expert,
 )
 from utils.train import checkpoint
+from utils.train.activity import LONG, Activity, Batch
 from utils.train.checkpoint import Part
 from utils.train.evaluate import EvalSet, evaluate_experts
 from utils.train.experts import Experts
@@ -60,6 +62,7 @@ class LoopSettings:
     save_dtype: torch.dtype | None
     is_adapter: bool
     formats: tuple[str, ...] = ()  # of a saved adapter, a file each
+    compiles: bool = False  # the first step of each bucket takes long
 
 
 @dataclass
@@ -82,6 +85,9 @@ class Run:
     metadata: Mapping[str, str]  # for the header of saved files
     write_configs: Callable[[Path], None]
     base_lr: float
+    activity: Activity = field(default_factory=Activity)  # what this rank is doing, for the watchdog
+    name_of: Callable[[int], str] = str  # entry of the plan to the name of its file
+    buckets_seen: set[Bucket] = field(default_factory=set)
     saved: Path | None = None  # newest model or adapter of this start
     checkpointed: Path | None = None  # newest checkpoint of this start
     last_eval: int = -1
@@ -127,16 +133,30 @@ def one_step(run: Run) -> None:
     run.meters.begin_step()
     plan = run.plan.step(run.state.plan_step)
     built = run.experts.at(run.state.step).built
+    run.activity.begin(
+        f"step {run.state.step + 1}",
+        lambda micro_batch: batch_of(run, plan, micro_batch),
+        patience=LONG if run.settings.compiles and plan.bucket not in run.buckets_seen else 1.0,
+    )
+    run.buckets_seen.add(plan.bucket)
     lr = set_learning_rate(run)
     built.engine.step_index = run.state.step
     batches = None if run.loader is None else run.meters.waiting(run.loader.next_step())
     loss = built.engine.train_step(batches)
+    run.activity.note("the metrics")
     epochs_before = run.state.epochs_done(run.plan)
     run.state = run.state.advanced(plan.shape.samples)
     times = run.meters.end_step(loss, plan.shape.samples, plan.shape.samples * plan.bucket.frames)
     report(run, plan, loss, lr, times)
     if run.state.epochs_done(run.plan) > epochs_before:
         run.metrics.log(run.point(), {EPOCH_LOSS: run.meters.end_epoch()})
+
+
+def batch_of(run: Run, plan: StepPlan, micro_batch: int | None) -> Batch:
+    """What is in a micro-batch of this data rank, or in the whole step."""
+    mine = plan.micro_batches_of(run.experts.engine.data_rank)
+    items = plan.items if micro_batch is None else mine[micro_batch]
+    return Batch(str(plan.bucket), [run.name_of(item.entry) for item in items])
 
 
 def set_learning_rate(run: Run) -> float:
@@ -180,6 +200,7 @@ def agree(run: Run, files: SignalFiles, signals: StopSignals) -> Decision:
         seen = files.poll() | signals.poll()
         if run.settings.checkpoint_every.minutes_due(time.monotonic() - run.checkpoint_clock):
             seen |= Decision.CHECKPOINT
+    run.activity.note("the word of rank 0 on what is due", None)
     return Decision(dist.from_main(int(seen)))
 
 
@@ -217,7 +238,8 @@ def evaluate_all(run: Run) -> None:
     """Losses of every eval dataset, of every expert."""
     run.last_eval = run.state.step
     progress = run.progress if dist.is_main() else None
-    for name, found in evaluate_experts(run.experts, run.eval_sets, run.family.expert_shares(), progress).items():
+    shares, patience = run.family.expert_shares(), LONG if run.settings.compiles else 1.0
+    for name, found in evaluate_experts(run.experts, run.eval_sets, shares, progress, patience).items():
         run.metrics.log(run.point(), found.scalars(name))
         for expert, result in found.of.items():
             logger.info(
@@ -234,6 +256,7 @@ def evaluate_all(run: Run) -> None:
 
 def save_checkpoint(run: Run) -> None:
     engine = run.experts.engine
+    run.activity.begin(f"writing the checkpoint of step {run.state.step}", patience=LONG)
     folder = checkpoint.save(
         run.run_dir,
         run.state,
@@ -254,6 +277,7 @@ def save_checkpoint(run: Run) -> None:
 
 def save_model(run: Run, name: str) -> None:
     engine = run.experts.engine
+    run.activity.begin(f"saving {name}", patience=LONG)
     now = run.milestones()
     metadata = {**run.metadata, "reelpipe.step": str(now.step), "reelpipe.epoch": str(now.epochs_done)}
     with ExitStack() as stack:

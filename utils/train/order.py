@@ -13,13 +13,18 @@ from utils.train import checkpoint
 from utils.train.checkpoint import CheckpointError
 
 
-def make_plan(config: RunConfig, train: Manifest, data_ranks: int) -> EpochPlan:
-    """Raises `ValueError` where no bucket ever fills a batch."""
+def plan_of(config: RunConfig, train: Manifest, data_ranks: int) -> EpochPlan:
+    """Raises `ValueError` where there are no samples."""
 
     def batch_of(bucket: Bucket) -> BatchShape:
         return BatchShape(config.micro_batch_size(*bucket), config.gradient_accumulation_steps, data_ranks)
 
-    plan = EpochPlan(train.entries, [group.num_repeats for group in train.groups], batch_of, config.seed)
+    return EpochPlan(train.entries, [group.num_repeats for group in train.groups], batch_of, config.seed)
+
+
+def make_plan(config: RunConfig, train: Manifest, data_ranks: int) -> EpochPlan:
+    """Raises `ValueError` where no bucket ever fills a batch."""
+    plan = plan_of(config, train, data_ranks)
     if plan.first_step(config.epochs + 1) == 0:
         sizes = ", ".join(f"{row.bucket}: {row.clips} clips, batch {row.batch.samples}" for row in plan.counts())
         raise ValueError(
@@ -57,6 +62,17 @@ def refuse_other_order(folder: Path, saved: Mapping[str, Any], now: Mapping[str,
         f"cannot go on from {folder}: {', '.join(changes) or 'the clips themselves'} changed, and with it the order of "
         "the data; change it back, or pass --reset_dataloader to start the data from its beginning"
     )
+
+
+def refuse_other_model(folder: Path, title: str) -> None:
+    """Raises `CheckpointError` where the checkpoint is another model's: two of one shape would not be told apart by
+    their tensors. A checkpoint that does not tell passes."""
+    saved = checkpoint.read_course(folder).get("model", title)
+    if saved != title:
+        raise CheckpointError(
+            f"cannot go on from {folder}: it is of {saved}, and this run trains {title}; set [model] to what it was, "
+            "or start a new run with [adapter] init_from_existing"
+        )
 
 
 def check_order(config: RunConfig, train: Manifest, resume: Path | None) -> None:

@@ -1,8 +1,12 @@
 """Datasets to manifests and a filled cache, agreed on by all ranks."""
 
 import json
+import logging
+import math
 import os
+import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +15,23 @@ from models.base import Encoder, ModelFamily
 from utils import dist
 from utils.config.load import LoadedConfig
 from utils.data.cache import CacheStore
+from utils.data.crew import JOBS_FOLDER, Crew, sweep
+from utils.data.decode_pool import decoded_bytes
+from utils.data.listing import Skipped
 from utils.data.manifest import Manifest, build_manifest, overlap
 from utils.data.precache import PrecacheReport, precache
-from utils.data.scan import Skipped
+from utils.data.records import TEXT
+from utils.data.room import FREE_SHARE, GIB, free_memory, require_disk
+from utils.data.uses import keys_of, record_use
 from utils.data.workers import Progress
 from utils.monitor.console import counted
 
 DEFAULT_WORKERS = 8
 MAX_SHOWN = 20  # lines of one message
 TRAIN = ""  # the training set's name among manifests; eval sets have their own
+
+
+logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
@@ -50,40 +62,93 @@ def prepare(
         check: looks at the training set before anything is encoded; what it raises ends the start.
 
     Raises:
-        ValueError: bad media, nothing to train on, or a file that is in training and eval data.
+        ValueError: bad media, nothing to train on, a file that is in training and eval data, no room for the cache.
+        PeerLost: another rank has ended before its time.
     """
     run, encoders = loaded.run, family.encoders()
     store = open_cache(run.cache_dir)
+    ring_bytes = ring_share(run.cache_ram_gb)
 
     # runs may share the cache; what rank 0 decides is what every rank reads
-    named = dist.text_from_main(f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}")
-    folder = store.root / "manifests" / named
-    if dist.is_main():
-        manifests = scan(loaded, family, encoders, store, workers=workers, regenerate=regenerate, progress=progress)
-        refuse_overlap(manifests)
-        check(manifests[TRAIN])
-        save_manifests(manifests, folder)
-    dist.barrier()
-    manifests = load_manifests([TRAIN, *loaded.eval_datasets], folder)
-    report = precache(
-        list(manifests.values()),
-        encoders,
-        store,
-        device=dist.device(),
-        workers=workers,
-        batch_size=run.caching_batch_size,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        barrier=dist.barrier,
-        progress=progress,
-        skip_bad_media=run.skip_bad_media,
-    )
+    named = dist.text_from_main(f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}-{secrets.token_hex(4)}")
+    folder = store.root / JOBS_FOLDER / named
+    with Crew(folder, dist.rank(), dist.world_size(), leave) as crew:
+        if dist.is_main():
+            manifests = scan(loaded, family, encoders, store, workers=workers, regenerate=regenerate, progress=progress)
+            refuse_overlap(manifests)
+            check(manifests[TRAIN])
+            require_room(loaded, family, manifests, store, ring_bytes)
+            save_manifests(manifests, folder)
+        crew.meet(dist.barrier)
+        manifests = load_manifests([TRAIN, *loaded.eval_datasets], folder)
+        report = precache(
+            list(manifests.values()),
+            encoders,
+            store,
+            device=dist.device(),
+            workers=workers,
+            batch_size=run.caching_batch_size,
+            crew=crew,
+            barrier=dist.barrier,
+            progress=progress,
+            decode_timeout_s=run.decode_timeout_s,
+            ring_bytes=ring_bytes,
+            skip_bad_media=run.skip_bad_media,
+            regenerate=regenerate,
+        )
+        crew.meet(dist.barrier)  # so that nobody misses the files of one that is done
     manifests = {name: manifest.without(report.failed) for name, manifest in manifests.items()}
     if dist.is_main():
-        shutil.rmtree(folder, ignore_errors=True)  # all ranks have met since they read it
+        record_use(store.root, keys_of(manifests.values()), run_dir.name if run_dir else "--cache_only")
+        shutil.rmtree(folder, ignore_errors=True)
+        sweep(store.root)
         if run_dir:
             write_skipped(run_dir / "skipped.jsonl", manifests)
     return Prepared(store, manifests, report)
+
+
+def ring_share(cache_ram_gb: float | None) -> int:
+    """Bytes of host memory for this rank's decoded clips: ranks of one host share what is set, or a part of what is
+    free."""
+    whole = free_memory() * FREE_SHARE if cache_ram_gb is None else cache_ram_gb * GIB
+    return int(whole / dist.ranks_here())
+
+
+def require_room(
+    loaded: LoadedConfig, family: ModelFamily, manifests: Mapping[str, Manifest], store: CacheStore, ring_bytes: int
+) -> None:
+    """Raises `ValueError` where the disk cannot take what is to be encoded, or the memory that is set no clip of it."""
+    run, outline = loaded.run, type(family).outline(loaded.model)
+    jobs = {
+        (kind, job.key): job for manifest in manifests.values() for kind in manifest.jobs for job in manifest.jobs[kind]
+    }
+    clips = [job for (kind, _), job in jobs.items() if kind != TEXT]
+    least = decoded_bytes(clips) * (run.caching_batch_size + 1)
+    if run.cache_ram_gb is not None and least > ring_bytes:
+        raise ValueError(
+            f"cache_ram_gb = {run.cache_ram_gb:g} is {ring_bytes / GIB:.2g} GiB for each rank, and the largest clip "
+            f"needs {least / GIB:.2g} GiB with caching_batch_size = {run.caching_batch_size}; raise cache_ram_gb to "
+            f"{math.ceil(least * dist.ranks_here() / GIB * 100) / 100:g}, or lower caching_batch_size"
+        )
+    need = 0
+    for (kind, key), job in jobs.items():
+        if store.path(kind, key).exists():
+            continue  # made anew in its own place
+        if kind == TEXT:  # a token a word at least, and one for the end
+            tokens = len(job.caption.split()) + 1
+            need += outline.caption_token_bytes * min(tokens, outline.max_caption_tokens or tokens)
+        elif outline.cache_bytes:
+            need += outline.cache_bytes(*job.bucket).get(kind, 0)
+    require_disk(store.root, need)
+
+
+def leave(why: str) -> None:
+    """End this rank, which another has left waiting where no error reaches it."""
+    logger.error("%s", why)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def scan(

@@ -3,7 +3,7 @@
 import argparse
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,17 +15,20 @@ from utils import dist
 from utils.config.load import ConfigError, LoadedConfig, load_config
 from utils.config.rules import check_paths, check_rules, require
 from utils.config.schema import RunConfig
+from utils.data.pace import record_pace
 from utils.monitor.logs import captured_output, log_to_file, quiet_libraries, setup_logging, terminal
 from utils.monitor.metrics import WandbSettings
 from utils.monitor.progress import CacheProgress
 from utils.train import tell
+from utils.train.activity import Activity, Watched
 from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings
 from utils.train.engine import init_distributed
 from utils.train.experts import check_experts
 from utils.train.fuse import Fusion
-from utils.train.order import check_order
+from utils.train.order import check_order, refuse_other_model
 from utils.train.prepare import DEFAULT_WORKERS, Prepared, prepare
 from utils.train.run_folder import find_checkpoint, new_run_folder
+from utils.train.watchdog import Watchdog, prepare_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +45,7 @@ class Job:
     resume: Path | None  # checkpoint to go on with
     run_dir: Path | None = None  # known once ranks have met
     log_file: Path | None = None
+    activity: Activity = field(default_factory=Activity)  # what this rank is doing
 
     @property
     def config(self) -> RunConfig:
@@ -82,6 +86,7 @@ def read_config(flags: argparse.Namespace) -> Job:
     resume = None
     if flags.resume_from_checkpoint is not None:
         resume = find_checkpoint(loaded.run.output_dir, flags.resume_from_checkpoint)
+        refuse_other_model(resume, family.title)
     return Job(flags, loaded, family, console, notices, resume)
 
 
@@ -112,6 +117,25 @@ def join(job: Job) -> None:
         tell.introduce(job.console, job.family, job.config, job.run_dir, job.resume, job.notices)
 
 
+def watch(job: Job) -> Watchdog:
+    """From here on no rank waits for ever: for one that is stuck, or for one that has ended. Every rank calls this."""
+    folder = job.run_dir
+    if folder is None:  # --cache_only, where other starts may use the cache too
+        folder = Path(dist.text_from_main(str(job.config.cache_dir / f"cache_only-{os.getpid()}")))
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        prepare_folder(folder)
+    dist.barrier()
+    return Watchdog(
+        job.activity,
+        folder,
+        rank=dist.rank(),
+        world=dist.world_size(),
+        stall_timeout_s=job.config.stall_timeout_s,
+        log_file=job.log_file,
+    ).start()
+
+
 def engine_settings(config: RunConfig) -> EngineSettings:
     """The part of the config that the engine is made of."""
     adapter, optimizer = config.adapter, config.optimizer
@@ -133,7 +157,7 @@ def engine_settings(config: RunConfig) -> EngineSettings:
             factor=adapter.factor,
             decompose_both=adapter.decompose_both,
         ),
-        fuse=tuple(Fusion(entry.path, entry.weight, entry.expert) for entry in config.fused),
+        fuse=tuple(Fusion(entry.path, entry.weight, entry.expert, index) for index, entry in enumerate(config.fused)),
         gradient_clipping=config.gradient_clipping,
         partition_method=config.partition_method,
         partition_split=config.partition_split,
@@ -164,10 +188,12 @@ def prepare_data(job: Job) -> Prepared:
             job.family,
             workers=workers,
             regenerate=job.flags.regenerate_cache,
-            progress=progress,
+            progress=Watched(progress, job.activity),
             run_dir=job.run_dir,
             check=lambda train: check_order(config, train, None if job.flags.reset_dataloader else job.resume),
         )
     if dist.is_main():
+        seconds, ranks = prepared.report.seconds, dist.world_size()
+        record_pace(prepared.store.root, prepared.manifests.values(), seconds, dist.device_name(), ranks)
         tell.cache(job.console, prepared, job.run_dir)
     return prepared

@@ -2,17 +2,17 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from models.adapters import TITLES
 from models.base import ModelFamily
 from utils import dist
 from utils.config.schema import RunConfig
+from utils.data.plan import EpochPlan
 from utils.monitor import console as show
 from utils.train.experts import Experts
 from utils.train.loop import Run
@@ -39,7 +39,7 @@ def introduce(
     """The first lines."""
     trains = f"{trained(config)} of rank {config.adapter.rank}" if config.adapter else "all weights"
     ranks, stages = dist.world_size(), config.pipeline_stages
-    where = torch.cuda.get_device_name() if dist.on_gpu() else "CPU"
+    where = dist.device_name()
     show.show(
         console,
         f"{family.title}: training {trains} on {show.counted(ranks, 'rank')} ({where}), "
@@ -55,6 +55,10 @@ def cache(console: Console, prepared: Prepared, run_dir: Path | None) -> None:
     """What was encoded, and what is left out."""
     for kind, made in prepared.report.made.items():
         show.show(console, show.cache_summary(made.encoded, sum(made), NOUNS.get(kind, f"{kind} item")))
+    if prepared.report.damaged:
+        show.show(console, f"{show.counted(prepared.report.damaged, 'cache file')} damaged, made anew")
+    for notice in (notice for manifest in prepared.manifests.values() for notice in manifest.notices):
+        show.show(console, f"note: {notice}")
     left_out = [(item.path.name, item.reason) for _, item in skipped(prepared.manifests)]
     if left_out:
         show.show(console, show.skipped_table(left_out, full_list=str((run_dir or Path()) / "skipped.jsonl")))
@@ -68,7 +72,31 @@ def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequen
         show.show(
             console, f"experts take turns: {parts} of the steps; one is on the device, the other waits in host memory"
         )
-    counts = run.plan.counts()
+    epoch(console, run.plan, family.tokens)
+    total, left = run.settings.total_steps, max(run.settings.total_steps - run.state.step, 0)
+    to_go = f", {left} to go" if left else f", {run.state.step} done: raise epochs or max_steps to train on"
+    show.show(console, f"{show.counted(total, 'step')} in all" + (to_go if left != total else ""))
+    for bucket in run.plan.never_used(run.plan.epoch_of(max(total - run.state.data_start - 1, 0))):
+        show.show(console, f"warning: bucket {bucket} does not fill one batch in this run, its clips are never used")
+
+
+def epoch(console: Console, plan: EpochPlan, tokens: Callable[[int, int, int], int]) -> None:
+    """Buckets and the arithmetic of an epoch; `tokens` as for `epoch_rows`."""
+    rows, arithmetic = epoch_rows(plan, tokens, console.width)
+    show.show(console, show.bucket_table(rows))
+    show.show(console, arithmetic)
+
+
+def epoch_rows(
+    plan: EpochPlan, tokens: Callable[[int, int, int], int], width: int | None = None
+) -> tuple[list[show.BucketRow], str]:
+    """A row a bucket, and how clips become steps.
+
+    Args:
+        tokens: a sample's length inside the model, of width and height in px and frames.
+        width: of the terminal, columns.
+    """
+    counts = plan.counts()
     buckets = [
         show.BucketRow(
             str(row.bucket),
@@ -76,11 +104,10 @@ def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequen
             row.batch.samples,
             row.steps_first_epoch,
             row.left_over,
-            family.tokens(*row.bucket),
+            tokens(*row.bucket),
         )
         for row in counts
     ]
-    show.show(console, show.bucket_table(buckets))
     rows = [
         show.EpochRow(
             row.clips,
@@ -92,12 +119,7 @@ def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequen
         for row in counts
     ]
     shape = counts[0].batch
-    show.show(console, show.epoch_arithmetic_banner(rows, shape.micro_batches, shape.data_ranks, width=console.width))
-    total, left = run.settings.total_steps, max(run.settings.total_steps - run.state.step, 0)
-    to_go = f", {left} to go" if left else f", {run.state.step} done: raise epochs or max_steps to train on"
-    show.show(console, f"{show.counted(total, 'step')} in all" + (to_go if left != total else ""))
-    for bucket in run.plan.never_used(run.plan.epoch_of(max(total - run.state.data_start - 1, 0))):
-        show.show(console, f"warning: bucket {bucket} does not fill one batch in this run, its clips are never used")
+    return buckets, show.epoch_arithmetic_banner(rows, shape.micro_batches, shape.data_ranks, width=width)
 
 
 def stage_rows(experts: Experts, ranks: Sequence[Sequence[int]]) -> list[show.StageRow]:
@@ -155,8 +177,10 @@ def goodbye(console: Console, config: RunConfig, run: Run, finished: bool) -> No
         paths["checkpoint"] = run.checkpointed
     paths["numbers"] = run.run_dir / "metrics.jsonl"
     start = start_command(dist.world_size(), sys.argv)
+    totals = "epochs and max_steps" if config.max_steps else "epochs"
+    onward = f"go on (raise {totals} first)" if finished else "go on"
     commands = {
         "see the curves": f"tensorboard --logdir {shlex.quote(str(run.run_dir.parent))}",
-        "go on (raise epochs first)" if finished else "go on": f"{start} --resume_from_checkpoint {run.run_dir.name}",
+        onward: f"{start} --resume_from_checkpoint {run.run_dir.name}",
     }
     show.show(console, show.closing_panel(paths, commands, title="Done" if finished else "Stopped"))

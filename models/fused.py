@@ -1,0 +1,50 @@
+"""A checkpoint's weights with the changes of adapters added while they are read."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.adapters import delta_weight
+from models.base import WeightSource
+
+
+class LoadedAdapter(NamedTuple):
+    """One adapter that is to be added."""
+
+    key: str  # where it was named, for messages
+    weight: float  # what its change of weight is multiplied with
+    modules: Mapping[str, Mapping[str, Tensor]]  # parts by module, alpha folded in, on the CPU
+
+
+class FusedWeights:
+    """Tensors of a checkpoint with the adapters' changes added in float32, in their order; meets `WeightSource`.
+
+    One tensor at a time: no more than one weight and its change are held. What it is stored in is decided later, so
+    nothing is rounded in between.
+
+    Args:
+        device: where sums and products are taken; what is read comes back to the CPU.
+    """
+
+    def __init__(
+        self, weights: WeightSource, loaded: Sequence[LoadedAdapter], device: torch.device | str = "cpu"
+    ) -> None:
+        self._weights, self._loaded, self._device = weights, loaded, device
+
+    def names(self) -> set[str]:
+        return self._weights.names()
+
+    def read(self, name: str) -> Tensor:
+        """As stored where no adapter changes it, else float32."""
+        tensor = self._weights.read(name)
+        module, _, leaf = name.rpartition(".")
+        changes = [each for each in self._loaded if leaf == "weight" and module in each.modules]
+        if not changes:
+            return tensor
+        weight = tensor.to(self._device, torch.float32)
+        for each in changes:
+            parts = {part: factor.to(self._device) for part, factor in each.modules[module].items()}
+            weight = weight + each.weight * delta_weight(parts, weight)
+        return weight.cpu()

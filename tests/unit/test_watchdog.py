@@ -1,0 +1,162 @@
+"""What the watchdog takes for the end of a run, and what it leaves alone; two ranks of it in one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from tests.helpers.launch import ROOT
+from utils.data.liveness import machine
+from utils.train import beats, watchdog
+from utils.train.activity import LONG, Activity
+from utils.train.faults import Fault, read_faults, write_fault
+from utils.train.watchdog import FAILED, STALLED, Watchdog, prepare_folder
+
+STALL_S = 0.5
+
+
+class Kept(Watchdog):
+    """Says how it would have left, and stays."""
+
+    status = None
+
+    def _leave(self, status):
+        self.status = status
+        self._stop.set()
+
+    def _arm(self, seconds): ...
+
+
+@contextmanager
+def watched(folder, ranks=2, stall_timeout_s=STALL_S):
+    prepare_folder(folder)
+    dogs = [Kept(Activity(), folder, rank=r, world=ranks, stall_timeout_s=stall_timeout_s) for r in range(ranks)]
+    for dog in dogs:
+        dog.activity.stage = dog.rank
+        dog.start()
+    try:
+        yield dogs
+    finally:
+        for dog in dogs:
+            dog.stop()
+
+
+def ended(dogs, within_s):
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline and any(dog.status is None for dog in dogs):
+        time.sleep(0.02)
+    return [dog.status for dog in dogs]
+
+
+def test_silence_of_all_is_a_stall_and_the_reason_is_told(tmp_path, caplog):
+    with watched(tmp_path) as dogs:
+        for dog in dogs:
+            dog.activity.begin("step 7")
+        dogs[0].activity.note_next("activations", (1,))
+        dogs[1].activity.note_next("forward")
+        assert ended(dogs, 10) == [STALLED, STALLED]
+    (summary,) = [p for p in (tmp_path / "stalls").iterdir() if "_rank_" not in p.name]
+    (error,) = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert summary.read_text() == error + "\n"
+    assert "rank 0 (stage 0) waits for activations of micro-batch 0 from rank 1 (stage 1), for 1 s" in error
+    assert "rank 1 (stage 1) has been in forward of micro-batch 0 for 1 s\n  look at rank 1 first" in error
+    for rank in (0, 1):
+        (stacks,) = (tmp_path / "stalls").glob(f"*_rank_{rank}.txt")
+        assert "test_silence_of_all_is_a_stall" in stacks.read_text().split("\nthread ")[1], "the main thread is first"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_may_wait_as_long_as_another_moves(tmp_path, ranks):
+    with watched(tmp_path, ranks) as dogs:
+        for dog in dogs:
+            dog.activity.begin("caching")
+        until = time.monotonic() + 4 * STALL_S
+        while time.monotonic() < until:
+            dogs[-1].activity.note("the item after clip.mp4")
+            time.sleep(0.02)
+        assert [dog.status for dog in dogs] == [None] * ranks
+        assert ended(dogs, 10) == [STALLED] * ranks, "and no longer"
+
+
+def test_compiling_and_saving_take_longer(tmp_path):
+    with watched(tmp_path) as dogs:
+        dogs[0].activity.begin("step 1")
+        dogs[1].activity.begin("step 1", patience=LONG)
+        begun = time.monotonic()
+        assert ended(dogs, 20) == [STALLED, STALLED]
+        assert time.monotonic() - begun > LONG * STALL_S
+
+
+def test_zero_waits_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "TICK_S", 0.05)
+    with watched(tmp_path, stall_timeout_s=0) as dogs:
+        dogs[0].activity.begin("step 1")
+        assert ended(dogs, 1) == [None, None]
+
+
+def test_a_stuck_rank_follows_one_that_ended(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(watchdog, "FOLLOW_S", 0.2)
+    with watched(tmp_path, 3, stall_timeout_s=60) as dogs:
+        for dog in dogs:
+            dog._tick_s = 0.05
+        dogs[1].activity.begin("step 3")
+        dogs[1].record("too bad")
+        dogs[1].stop()
+        assert ended([dogs[0], dogs[2]], 20) == [FAILED, FAILED]
+    assert [r.getMessage() for r in caplog.records] == ["rank 1 ended first, in step 3: too bad"]
+
+
+def test_a_rank_that_left_by_itself_is_not_missed(tmp_path):
+    with watched(tmp_path) as dogs:
+        assert beats.read_beat(tmp_path / beats.FOLDER, 1)
+        dogs[1].stop()
+        assert dogs[0].faults() == []
+    assert not (tmp_path / beats.FOLDER).exists()
+
+
+def test_a_killed_process_is_gone_though_nobody_has_asked_for_its_status():
+    host = machine()
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    beat = beats.beat_of(1, host, Activity(), time.monotonic())._replace(pid=process.pid)
+    assert not beats.is_gone(beat, host)
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
+    assert beats.is_gone(beat, host)
+    assert not beats.is_gone(beat._replace(host="elsewhere"), host), "another machine has processes of its own"
+    process.wait()
+    assert beats.is_gone(beat, host)
+
+
+def test_what_an_earlier_start_left_is_taken_away(tmp_path):
+    write_fault(tmp_path, Fault(1, "old"))
+    (tmp_path / beats.FOLDER).mkdir()
+    (tmp_path / beats.FOLDER / "stalled").write_text("20300101_00-00-00")
+    prepare_folder(tmp_path)
+    assert read_faults(tmp_path) == []
+    assert list((tmp_path / beats.FOLDER).iterdir()) == []
+
+
+HELD_UP = """
+import ctypes, pathlib, sys
+from utils.train import watchdog
+from utils.train.activity import Activity
+watchdog.LAST_RESORT_S = 0.5
+activity = Activity()
+folder = pathlib.Path(sys.argv[1])
+watchdog.Watchdog(activity, folder, rank=0, world=1, stall_timeout_s=1, log_file=folder / "rank_0.log").start()
+activity.begin("step 1")
+import time; time.sleep(0.5)
+ctypes.PyDLL(None).sleep(60)  # unlike CDLL it keeps the interpreter's lock
+"""
+
+
+def test_c_code_that_lets_no_thread_run_does_not_hold_up_the_end(tmp_path):
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HELD_UP, str(tmp_path)], cwd=ROOT, timeout=100)
+    assert done.returncode == 1
+    assert time.monotonic() - begun < 50
+    assert 'File "<string>", line 11' in (tmp_path / "rank_0.log").read_text()

@@ -1,0 +1,165 @@
+"""Index files, JSON lines or CSV: a row a clip, with its path, captions and the part of it to use."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from utils.data.captions import Unusable, decode_text, weighted_captions
+from utils.data.listing import Item, Listing, Skipped, some
+from utils.data.media import MEDIA_SUFFIXES
+
+COLUMNS = ("path", "caption", "start", "end")
+# They would change the training, so to pass over them would be to train on something else.
+_NOT_YET = ("weight", "is_regularization", "mask_path", "control_path")
+_DELIMITERS = (",", ";", "\t")  # a spreadsheet writes what its user's country has
+_NOTHING = (None, "")
+
+Row = tuple[int, Mapping[str, Any] | str]  # number of the line; what it says, or what is wrong with it
+
+
+def list_index(path: Path) -> Listing:
+    """The media that the rows of `path` name, from its own folder on; each row is in the listing.
+
+    `caption` is as `weighted_captions` takes it, in a CSV as text, in several columns of that name, or as JSON. Where a
+    row has none, the text file beside the media is read. `start` and `end` are seconds of the video.
+
+    Raises:
+        ValueError: the file is not text, has no column `path`, or columns that are not supported yet.
+    """
+    try:
+        text = decode_text(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not {error.encoding.upper()} (byte {error.start}); save it as UTF-8") from None
+    items: list[Item] = []
+    skipped: list[Skipped] = []
+    seen: dict[tuple[Any, ...], int] = {}
+    strange: set[str] = set()
+    for line, row in READERS[path.suffix.lower()](path, text):
+        where = f"line {line} of {path.name}"
+        if isinstance(row, str):
+            skipped.append(Skipped(path, f"line {line}: {row}", bad=True))
+            continue
+        strange |= set(row) - {*COLUMNS, *_NOT_YET}
+        if unknown := [key for key in _NOT_YET if row.get(key) not in _NOTHING]:
+            raise ValueError(f"{path}: line {line}: column {unknown[0]!r} is not supported yet; remove it")
+        if not isinstance(row.get("path"), str) or not row["path"].strip():
+            skipped.append(Skipped(path, f"line {line}: has no path", bad=True))
+            continue
+        media = Path(os.path.join(path.parent, row["path"].strip()))
+        try:
+            item = _item(media, row, where)
+        except Unusable as error:
+            skipped.append(Skipped(media, f"{where}: {error}", error.bad))
+            continue
+        first = seen.setdefault((os.path.abspath(media), item.start, item.end), line)
+        if first == line:
+            items.append(item)
+        else:
+            reason = f"{where}: was named by line {first} already; several captions go into one row as a list"
+            skipped.append(Skipped(media, reason, bad=False))
+    notices = [f"columns without effect: {some(strange)}"] if strange else []
+    return Listing(items, skipped, notices)
+
+
+def _item(media: Path, row: Mapping[str, Any], where: str) -> Item:
+    if media.suffix.lower() not in MEDIA_SUFFIXES:
+        raise Unusable(f"is not a media file ({media.suffix or 'no suffix'})")
+    try:
+        if not media.exists():
+            raise Unusable("the file is not there")
+    except OSError as error:
+        raise Unusable(f"cannot be looked at ({error.strerror})", bad=True) from None
+    start, end = _seconds(row, "start"), _seconds(row, "end")
+    if end is not None and end <= (start or 0):
+        raise Unusable(f"its end, {row['end']} s, is not after its start, {row.get('start') or 0} s", bad=True)
+    try:
+        written = None if row.get("caption") is None else weighted_captions(media.name, row["caption"])
+    except ValueError as error:
+        raise Unusable(str(error), bad=True) from None
+    return Item(media, written, where, start or Fraction(0), end)
+
+
+def _seconds(row: Mapping[str, Any], key: str) -> Fraction | None:
+    value = row.get(key)
+    if value in _NOTHING:
+        return None
+    try:
+        if isinstance(value, bool) or not 0 <= float(value) < math.inf:
+            raise ValueError
+        return Fraction(str(value).strip())
+    except (TypeError, ValueError):
+        raise Unusable(f"its {key} is {value!r}; write seconds as a number, 0 or more", bad=True) from None
+
+
+# --- the formats ------------------------------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path, text: str) -> Iterator[Row]:
+    # Not splitlines(): JSON may hold the line separators of Unicode as they are.
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            yield line, f"is not JSON: {error}"
+            continue
+        yield line, row if isinstance(row, dict) else f'must be an object with a "path", is a {type(row).__name__}'
+
+
+def _csv(path: Path, text: str) -> Iterator[Row]:
+    first = text.partition("\n")[0].strip()
+    delimiter = next((sign for sign in _DELIMITERS if "path" in _header(first, sign)), _DELIMITERS[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    if "path" not in header:
+        raise ValueError(f"{path}: has no column 'path'; its first line must name the columns, and has: {first!r}")
+    if twice := {name for name in header if name != "caption" and header.count(name) > 1}:
+        raise ValueError(f"{path}: has the column {some(twice)} more than once")
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield reader.line_num, f"is not CSV: {error}"
+            continue
+        if cells is None:
+            return
+        if len(cells) > len(header):
+            mend = f"put text that holds a {delimiter!r} in quotes"
+            yield reader.line_num, f"has {len(cells)} cells for {len(header)} columns; {mend}"
+        elif any(cells):
+            yield reader.line_num, _csv_row(header, cells)
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    return [name.strip().strip('"') for name in line.split(delimiter)]
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    captions: list[Any] = []
+    for name, cell in zip(header, cells, strict=False):
+        if name == "caption":
+            captions += _csv_captions(cell)
+        else:
+            row[name] = cell
+    return {**row, "caption": captions} if "caption" in header else row
+
+
+def _csv_captions(cell: str) -> list[Any]:
+    """A JSON list is several captions. `[trigger] runs` is none, so it is one."""
+    if cell.lstrip().startswith("["):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            pass
+    return [cell]
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {".jsonl": _json_lines, ".csv": _csv}
