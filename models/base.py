@@ -93,6 +93,13 @@ class Encoder(ABC):
         """Drop the weights and give the device its memory back."""
 
 
+class Merge(NamedTuple):
+    """What a file adds to a model that it is merged into."""
+
+    adapter: Mapping[str, Tensor]  # by plain names (`models.adapters`), alpha folded in
+    differences: Mapping[str, Tensor]  # by the skeleton's names of parameters, of their shapes
+
+
 class WeightSource(Protocol):
     """Tensors of a checkpoint under the skeleton's names, whatever the layout on disk."""
 
@@ -189,6 +196,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def load_adapter(self, path: Path, weights: WeightSource | None = None) -> dict[str, Tensor]:
         """The inverse of `save_adapter`, alpha folded in, from a file or a folder, in any format."""
+
+    def load_merge(self, path: Path, weights: WeightSource | None = None) -> Merge:
+        """The same for `fuse_adapters`, which takes more than can be trained: modules that get no adapter here, and
+        whole differences of parameters."""
+        return Merge(self.load_adapter(path, weights), {})
 
     def check_formats(self, kind: str, formats: Sequence[str]) -> None:  # noqa: B027 (all formats may hold all kinds)
         """Raise `ValueError` where `save_adapter` could not write an adapter of `kind` (`models.adapters.KINDS`) in one

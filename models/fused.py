@@ -1,6 +1,7 @@
 """A checkpoint's weights with the changes of adapters added while they are read."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ class LoadedAdapter(NamedTuple):
     key: str  # where it was named, for messages
     weight: float  # what its change of weight is multiplied with
     modules: Mapping[str, Mapping[str, Tensor]]  # parts by module, alpha folded in, on the CPU
+    differences: Mapping[str, Tensor] = MappingProxyType({})  # by parameter: added whole
 
 
 class FusedWeights:
@@ -40,11 +42,16 @@ class FusedWeights:
         """As stored where no adapter changes it, else float32."""
         tensor = self._weights.read(name)
         module, _, leaf = name.rpartition(".")
-        changes = [each for each in self._loaded if leaf == "weight" and module in each.modules]
+        adapted = module if leaf == "weight" else ""
+        changes = [each for each in self._loaded if adapted in each.modules or name in each.differences]
         if not changes:
             return tensor
         weight = tensor.to(self._device, torch.float32)
         for each in changes:
-            parts = {part: factor.to(self._device) for part, factor in each.modules[module].items()}
-            weight = weight + each.weight * delta_weight(parts, weight)
+            if adapted in each.modules:
+                parts = {part: factor.to(self._device) for part, factor in each.modules[adapted].items()}
+                # a convolution's weight is a matrix with a row for each output, as adapters have it
+                weight = weight + each.weight * delta_weight(parts, weight.flatten(1)).view_as(weight)
+            if name in each.differences:
+                weight = weight + each.weight * each.differences[name].to(self._device, torch.float32)
         return weight.cpu()

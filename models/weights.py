@@ -158,7 +158,7 @@ class WeightReader:
             raise ForeignFileError(f"{self.what} {error}") from error
         except (FileNotFoundError, ValueError) as error:
             reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error).partition(": ")[2]
-            self.broken.append(f"{place} absent or truncated ({file.name}: {reason})")
+            self.broken.append(f"{place}, {file.name}: {reason}")
             return
         self.metadata |= header.metadata
         for name, (shape, dtype) in header.tensors.items():
@@ -258,7 +258,8 @@ class WeightReader:
         """Compare with the shapes that the skeleton needs, by its names.
 
         Raises:
-            ValueError: one message with counts, first names as the files spell them, the file, and a hint.
+            ValueError: one message with the files that cannot be read, counts, first names as the files spell them, and
+                a hint.
         """
         missing = [self._file_name(name) for name in expected if name not in self._stored]
         unexpected = [stored.name for name, stored in self._stored.items() if name not in expected]
@@ -272,7 +273,7 @@ class WeightReader:
         if not faults and not self.broken:
             return
         hint = self._hint(missing, unexpected)
-        raise ValueError(f"{self.what} {self.location}: {'; '.join(faults + self.broken)}. {hint}")
+        raise ValueError(f"{self.what} {self.location}: {'; '.join(self.broken + faults)}. {hint}")
 
     def guess(self) -> str:
         """What the files seem to be, where that is something else than what is wanted; empty where nothing tells."""

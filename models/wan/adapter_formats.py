@@ -107,8 +107,8 @@ _FLAT = (
 GUESSES = (
     (re.compile(r"^(?!.*(lora|lokr|hada|oft)).*\.(weight|bias)$"), "this looks like a model, not like an adapter"),
     (
-        re.compile(r"\.diff(_b)?$"),
-        "it holds whole differences of weights (.diff), which are not read; ComfyUI adds them",
+        re.compile(r"\.diff(_[bm])?$"),
+        "it holds whole differences of weights (.diff), which fuse_adapters merges, and which cannot be trained on",
     ),
     (re.compile(r"\.hada_"), "this is a LoHa, which is not read; LoRA, DoRA and LoKr are"),
     (re.compile(r"lokr_t2|oft_|boft_|\.lora_mid\."), "this kind of LyCORIS is not read; LoRA, DoRA and LoKr are"),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +53,20 @@ def load_adapter(
         ValueError: keys that belong to no module of this model, parts that are missing, or a matrix that does not fit.
     """
     file = adapter_file(path, suffix)
-    adapter = read_adapter(file, linears)
+    return folded(file, read_adapter(file, linears), linears, base)
+
+
+def folded(
+    file: Path, adapter: Adapter, linears: Mapping[str, LinearShape], base: BaseWeights | None
+) -> dict[str, Tensor]:
+    """What `load_adapter` returns, of an adapter as `file` has it; raises as that does."""
     _check_fit(file, adapter, linears)
     tensors: dict[str, Tensor] = {}
     for module, stored in adapter.modules.items():
         scale = adapter.scales[module]
         parts = with_dora_part(module, stored, scale, MAGNITUDE, base) if DORA_SCALE in stored else stored
-        folded = fold_scale({part: tensor.float() for part, tensor in parts.items()}, scale)
-        tensors |= {module + part: tensor for part, tensor in folded.items()}
+        scaled = fold_scale({part: tensor.float() for part, tensor in parts.items()}, scale)
+        tensors |= {module + part: tensor for part, tensor in scaled.items()}
     return tensors
 
 
@@ -125,11 +131,12 @@ def _refuse_checkpoint(path: Path) -> None:
         )
 
 
-def read_adapter(file: Path, known: Mapping[str, Any] | None = None) -> Adapter:
+def read_adapter(file: Path, known: Mapping[str, Any] | None = None, skip: Collection[str] = ()) -> Adapter:
     """An adapter as it is stored.
 
     Args:
         known: skeleton names of the modules that may carry an adapter; every module of a Wan unless given.
+        skip: keys to leave to somebody else.
 
     Raises:
         ValueError: keys that belong to none of them, or no keys at all.
@@ -140,7 +147,7 @@ def read_adapter(file: Path, known: Mapping[str, Any] | None = None) -> Adapter:
     unknown: list[str] = []
     keys = []
     for key, tensor in load_file(file).items():
-        if key in OF_THE_WHOLE_FILE:
+        if key in OF_THE_WHOLE_FILE or key in skip:
             continue
         module, part = split_key(key) or ("", "")
         keys.append(key)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models import flow_match
 from models.adapters import by_module, kind_of
-from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily, Outline, WeightSource
+from models.base import Draw, Encoder, MediaSpec, Merge, MicroBatch, ModelFamily, Outline, WeightSource
 from models.targets import without_excluded
 from models.wan import conditioning, export, variants
 from models.wan.adapter_files import BaseWeights, base_weights, save_adapter
@@ -29,6 +29,7 @@ from models.wan.layers import (
     RotaryTables,
 )
 from models.wan.layouts import WanFiles
+from models.wan.merge_reader import load_merge
 from models.wan.metadata import of_model
 from models.wan.outline import num_tokens, outline
 from models.wan.storage import choose_storage, swap_casting_modules
@@ -244,6 +245,9 @@ class WanFamily(ModelFamily):
     def load_adapter(self, path: Path, weights: WeightSource | None = None) -> dict[str, Tensor]:
         base = self._base(weights)
         return load_adapter(path, _linears(self.build_skeleton()), self.expert_suffix, base)
+
+    def load_merge(self, path: Path, weights: WeightSource | None = None) -> Merge:
+        return load_merge(path, self._expected_shapes(), self.expert_suffix, self._base(weights))
 
     def _base(self, weights: WeightSource | None) -> BaseWeights:
         return base_weights(lambda: weights or self.open_weights())

@@ -73,7 +73,9 @@ def guess(config: WanModelConfig) -> tuple[Variant, str]:
     for key, title in keys.items():
         if getattr(config, key):
             return BY_TITLE[title], f"taken for {title}, since [model] {key} is set and the weights are absent"
-    return BY_TITLE[DEFAULT], f"taken for {DEFAULT}: the weights are absent, and no name tells which Wan they will be"
+    key = "transformer_path" if config.transformer_path else "ckpt_path"
+    where = f"no weights are at [model] {key} = '{getattr(config, key)}'"
+    return BY_TITLE[DEFAULT], f"taken for {DEFAULT}: {where}, and no name tells which Wan they will be"
 
 
 def num_tokens(media: MediaSpec, width: int, height: int, frames: int) -> int:

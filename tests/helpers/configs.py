@@ -56,6 +56,7 @@ class StandInConfig(BaseModel):
     save_layout: str = "official"
     timestep_sample_method: str = "logit_normal"
     sigmoid_scale: float = 1.0
+    i2v_fraction: float = 0.0
     min_t: float = Field(0.0, ge=0, le=1)
 
 

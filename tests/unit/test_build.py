@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.adapters import KINDS, MAGNITUDE, fold_scale, is_adapter, plain_name
+from models.targets import without_excluded
 from tests.helpers.toy import ToyFamily, ToyWeights
 from utils.train.build import (
     AdapterSettings,
@@ -24,6 +25,13 @@ class NarrowFamily(ToyFamily):
 
     def lora_targets(self, skeleton, exclude=()):
         return super().lora_targets(skeleton)[:2]
+
+
+class ExcludingFamily(ToyFamily):
+    """Heeds exclude_modules."""
+
+    def lora_targets(self, skeleton, exclude=()):
+        return without_excluded(super().lora_targets(skeleton), exclude, {})
 
 
 def settings(**adapter) -> EngineSettings:
@@ -99,8 +107,22 @@ def test_an_adapter_of_other_modules(tmp_path):
     narrow = {n: t for n, t in saved(tmp_path).items() if n.startswith("blocks.0.")}
     save_file(narrow, tmp_path / "toy.safetensors")
     check_settings(NarrowFamily(), whole)
-    with pytest.raises(ValueError, match=r"blocks\.1\.up\.lora_A\.weight is absent"):
+    told = (
+        rf"'{tmp_path}' has nothing for \d+ modules of this run, first blocks\.1\.up; use what .* rank = 2 and exclude"
+    )
+    with pytest.raises(ValueError, match=told):
         check_settings(ToyFamily(), whole)
+
+
+def test_an_adapter_without_some_kinds_of_modules_names_the_key_that_leaves_them_out(tmp_path):
+    """As with one of text to video, which has none of the modules for the image."""
+    ups = {n: t for n, t in saved(tmp_path).items() if ".down." not in n}
+    assert ups
+    save_file(ups, tmp_path / "toy.safetensors")
+    start = settings(init_from_existing=tmp_path, exclude_modules=())
+    with pytest.raises(ValueError, match=rf"'{tmp_path}' has nothing for .*; set exclude_modules = \['down'\]"):
+        check_settings(ExcludingFamily(), start)
+    check_settings(ExcludingFamily(), settings(init_from_existing=tmp_path, exclude_modules=("down",)))
 
 
 def test_magnitudes_stay_in_float32_and_are_those_of_the_base():

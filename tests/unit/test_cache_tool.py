@@ -113,6 +113,21 @@ def test_stats_count_by_kind_and_encoder(filled, capfd):
     assert "--cache_only" in told and "nobody that is known" in told
 
 
+@pytest.mark.parametrize("words", [("stats",), ("verify",), ("gc", "--days", "0", "--delete")])
+def test_a_folder_that_is_no_cache_is_not_called_whole(place, capfd, words):
+    command, *rest = words
+    (place.root / "weights").mkdir()
+    (place.root / "weights/model.safetensors").write_bytes(b"not an entry")
+    assert cache_tool.main([command, str(place.root / "weights"), *rest]) == 2
+    assert "holds no cache; name the cache_dir of a run" in capfd.readouterr().out
+
+
+def test_a_cache_that_only_a_plan_has_begun_is_one(place, capfd):
+    place.cache.mkdir(parents=True)
+    (place.cache / "probes.jsonl").write_text("")
+    assert place.tool("verify") == 0 and "0 entries" in capfd.readouterr().out
+
+
 def test_verify_reads_everything(filled, capfd):
     assert filled.tool("verify") == 0 and "7 entries" in capfd.readouterr().out
     found = spoil(filled)

@@ -29,7 +29,7 @@ def stepped(parameters: dict[str, nn.Parameter], steps: int = 2) -> torch.optim.
     return optimizer
 
 
-def save(run_dir, step=7, parameters=None, keep_last=None):
+def save(run_dir, step=7, parameters=None, keep_last=None, **more):
     parameters = trained() if parameters is None else parameters
     return checkpoint.save(
         run_dir,
@@ -41,7 +41,15 @@ def save(run_dir, step=7, parameters=None, keep_last=None):
         stage=0,
         data_rank=0,
         keep_last=keep_last,
+        **more,
     )
+
+
+def test_each_file_is_told_of_before_it_is_written_and_read(tmp_path):
+    told = []
+    save(tmp_path, note=told.append)
+    names = ("weights_00.safetensors", "optimizer_00.pt")
+    assert told == [f"{what} {name}" for name in names for what in ("writing", "hashing")]
 
 
 def test_what_was_saved_comes_back(tmp_path):

@@ -365,3 +365,11 @@ def test_require_returns_what_is_worth_saying():
         "run.toml:1: disable_block_swap_for_eval = true has no effect here",
         "run.toml:2: eval_every_n_steps is set and eval_datasets is not: nothing will be evaluated",
     ]
+
+
+@pytest.mark.parametrize(("frames", "idle"), [("[1]", True), ("[1, 9]", False)])
+def test_image_to_video_needs_videos(frames, idle):
+    loaded = load(RUN.replace("[model]", "[model]\ni2v_fraction = 0.5"), DATASET.replace("[1, 9]", frames))
+    said = [line for line in advice(loaded) if "i2v_fraction" in line]
+    text = "model.i2v_fraction = 0.5 has no effect where all buckets are for images; add a length to frame_buckets"
+    assert said == ([f"run.toml:8: {text}"] if idle else [])

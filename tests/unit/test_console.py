@@ -117,6 +117,14 @@ def test_skipped_table_takes_names_as_they_are_and_says_what_it_leaves_out():
     assert "2.mp4" not in text
 
 
+def test_control_characters_in_a_name_do_not_reach_the_terminal():
+    name = "red\x1b[31m\x9b0m\t.mp4"
+    for renderable in (skipped_table([(name, f"is like {name}\n")]), f"note: {name}\nsecond line"):
+        text = shown(renderable)
+        assert "red?[31m?0m?.mp4" in text
+        assert all(sign.isprintable() or sign == "\n" for sign in text)
+
+
 def test_cache_summary_says_when_nothing_was_encoded():
     assert cache_summary(0, 18) == "0 of 18 clips to encode: everything was in the cache"
     assert cache_summary(3, 18, elapsed_s=12.3) == "3 of 18 clips encoded in 12s, 15 were in the cache"

@@ -7,7 +7,9 @@ from torch import nn
 
 from models.adapters import KINDS, LORA_A, LORA_B, MAGNITUDE, delta_weight
 from models.fused import FusedWeights
-from tests.helpers.models import wan_family
+from models.wan.keymaps import TRANSFORMER
+from models.wan.merge_reader import parameter_of
+from tests.helpers.models import VARIANTS, wan_family, wan_variant
 from tests.helpers.toy import ToyFamily, ToyWeights
 from utils.train.build import (
     AdapterSettings,
@@ -181,3 +183,101 @@ def test_every_kind_can_be_merged():
     for tensors in made.values():
         parts = {name.removeprefix(UP): tensor for name, tensor in tensors.items()}
         assert delta_weight(parts, ToyWeights().read(f"{UP}.weight")).shape == (16, 8)
+
+
+OFFICIAL = {"q": "blocks.0.self_attn.q", "head": "head.head", "time": "time_projection.1", "patch": "patch_embedding"}
+SKELETON = {"q": "blocks.0.attn1.to_q", "head": "proj_out", "time": "condition_embedder.time_proj"}
+WHOLE = {  # differences as distilled models have them -> the parameter
+    "blocks.0.self_attn.q.diff_b": "blocks.0.attn1.to_q.bias",
+    "blocks.1.ffn.2.diff": "blocks.1.ffn.net.2.weight",
+    "blocks.1.norm3.diff": "blocks.1.norm2.weight",
+    "blocks.1.norm3.diff_b": "blocks.1.norm2.bias",
+    "blocks.0.cross_attn.norm_k.diff": "blocks.0.attn2.norm_k.weight",
+    "blocks.0.diff_m": "blocks.0.scale_shift_table",
+    "head.modulation.diff": "scale_shift_table",
+    "patch_embedding.diff_b": "patch_embedding.bias",
+}
+
+
+def distilled(family, folder: Path, **more) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A file as lightx2v's, and what it adds by parameter: LoRAs of rank 2 with alpha 4 inside and outside the
+    blocks, one of them on a convolution, and whole differences."""
+    draw, weights = torch.Generator().manual_seed(3), family.open_weights()
+    tensors, added = {}, {}
+    for short, module in {**SKELETON, "patch": "patch_embedding"}.items():
+        shape, key = weights.read(f"{module}.weight").shape, f"diffusion_model.{OFFICIAL[short]}"
+        down = torch.randn(2, *shape[1:], generator=draw)
+        up = torch.randn(shape[0], 2, *[1] * (len(shape) - 2), generator=draw)
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(4.0)}
+        added[f"{module}.weight"] = 2 * torch.einsum("or,r...->o...", up.flatten(1), down)
+    for key, name in WHOLE.items():
+        added[name] = tensors[f"diffusion_model.{key}"] = torch.randn(weights.read(name).shape, generator=draw)
+    return saved(folder, "distilled", {**tensors, **more}), added
+
+
+def test_a_distilled_model_as_a_lora_is_merged_whole(tmp_path):
+    family = wan_family()
+    file, added = distilled(family, tmp_path)
+    fusions = [Fusion(file, 0.5)]
+    check_settings(family, settings(fusions, AdapterSettings(2, 2.0)))
+    weights, base = FusedWeights(family.open_weights(), load_fusions(family, fusions)), family.open_weights()
+    assert added.keys() <= weights.names() and len(added) == 12
+    for name in weights.names():
+        expected = base.read(name)
+        if name in added:
+            expected = expected.float() + 0.5 * added[name]
+            torch.testing.assert_close(weights.read(name), expected, msg=name)
+        else:
+            assert torch.equal(weights.read(name), expected), name
+
+
+def test_differences_alone_and_on_top_of_an_earlier_one(tmp_path):
+    family, name = wan_family(), "blocks.0.attn1.to_q.bias"
+    base = family.open_weights().read(name)
+    file = saved(tmp_path, "whole", {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones_like(base)})
+    merged = FusedWeights(family.open_weights(), load_fusions(family, [Fusion(file, 0.5), Fusion(file, -2.0)]))
+    torch.testing.assert_close(merged.read(name), base.float() - 1.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("blocks.0.cross_attn.k_img.diff_b", (1,), r"1 differences are of nothing that this model has.*k_img\.diff_b"),
+        ("blocks.77.diff_m", (1,), r"differences are of nothing that this model has"),
+        ("blocks.0.norm3.diff_m", (1,), r"differences are of nothing that this model has"),
+        ("blocks.1.norm3.diff", (7,), r"adapter's \[7\] are for blocks\.1\.norm2\.weight, which is of \[\d+\]; it is"),
+        ("transformer_blocks.0.lora_down.weight", (1,), r"1 keys belong to no module"),
+    ],
+)
+def test_a_distilled_model_of_another_kind(tmp_path, key, shape, message):
+    file, _ = distilled(wan_family(), tmp_path, **{f"diffusion_model.{key}": torch.zeros(shape)})
+    with pytest.raises(ValueError, match=rf"^fuse_adapters\[0\].*{message}"):
+        check_settings(wan_family(), settings([Fusion(file)], AdapterSettings(2, 2.0)))
+
+
+def test_one_parameter_has_one_difference(tmp_path):
+    twice = {"blocks.0.attn1.to_q.diff_b": torch.zeros(1)}
+    file, _ = distilled(wan_family(), tmp_path, **twice)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn1\.to_q\.bias has its difference twice"):
+        load_fusions(wan_family(), [Fusion(file)])
+
+
+def test_a_distilled_model_is_no_start_for_training(tmp_path):
+    file, _ = distilled(wan_family(), tmp_path)
+    adapter = AdapterSettings(2, 2.0, init_from_existing=file)
+    with pytest.raises(ValueError, match=r"init_from_existing: .*keys belong to no module"):
+        check_settings(wan_family(), settings([], adapter))
+    only = saved(tmp_path, "only", {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"whole differences of weights \(\.diff\), which fuse_adapters merges"):
+        wan_family().load_adapter(only)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_difference_of_any_parameter_is_led_to_it(variant):
+    shapes = {name: tuple(p.shape) for name, p in wan_variant(variant).build_skeleton().named_parameters()}
+    endings = {"weight": ".diff", "bias": ".diff_b", "modulation": ".diff_m"}
+    for name in shapes:
+        official = TRANSFORMER.from_skeleton(name)
+        owner, _, leaf = official.rpartition(".")
+        key = f"{owner}{endings[leaf]}" if leaf in endings else f"{official}.diff"
+        assert parameter_of(f"diffusion_model.{key}", shapes) == name

@@ -156,6 +156,7 @@ def until_lost(crew):
 def quick(monkeypatch):
     monkeypatch.setattr(crew_module, "BEAT_S", 0.1)
     monkeypatch.setattr(crew_module, "GRACE_S", 0.3)
+    monkeypatch.setattr(crew_module, "LOST_S", 1.0)
 
 
 def test_ranks_learn_the_first_error_and_end_if_they_are_stuck(tmp_path, quick):
@@ -184,9 +185,25 @@ def test_a_machine_without_power_is_missed(tmp_path, quick, monkeypatch):
         assert until_lost(crew).startswith("rank 0 (process 1 on node7) has shown no life for")
 
 
+def test_a_disk_that_let_nobody_write_for_an_hour_loses_no_rank(tmp_path, quick):
+    beat = beat_of_elsewhere(CacheStore(tmp_path), 3600)
+    with Crew(beat.parent, 1, 2) as crew:
+        for _ in range(4):  # this rank was the first to get through, and the other follows
+            time.sleep(0.5)
+            crew.check()
+            os.utime(beat)
+
+
 def test_sweeping_takes_what_dead_jobs_left(store, crews):
     old = beat_of_elsewhere(store, 7200).parent
     os.utime(old, (time.time() - 7200,) * 2)
     os.utime(crews[0].folder, (time.time() - 7200,) * 2)
     sweep(store.root)
     assert not old.exists() and crews[0].beat.exists()
+
+
+def test_a_job_elsewhere_that_was_stopped_for_a_while_is_not_swept(store):
+    beat = beat_of_elsewhere(store, 600)
+    os.utime(beat.parent, (time.time() - 7200,) * 2)
+    sweep(store.root)
+    assert beat.exists()

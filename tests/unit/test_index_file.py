@@ -132,7 +132,10 @@ def test_every_row_that_gives_nothing_has_a_reason(folder):
                 'a caption is a text, or {"caption": "...", "weight": 2}',
                 True,
             ),
-            ("b.mp4: line 10 of clips.jsonl: its start is 'soon'; write seconds as a number, 0 or more", True),
+            (
+                "b.mp4: line 10 of clips.jsonl: its start is 'soon'; write seconds as a number, 0 or more, such as 2.5",
+                True,
+            ),
             ("b.mp4: line 11 of clips.jsonl: its end, 1 s, is not after its start, 2 s", True),
             ("b.mp4: line 12 of clips.jsonl: there is no frame from 1 s to 1 s; the video has 1 s", True),
             ("c.png: line 13 of clips.jsonl: start and end are for videos, and this is an image", True),
@@ -148,6 +151,14 @@ def test_a_csv_row_with_a_comma_too_many_is_named(folder):
     assert len(media) == 1
     assert [str(item) for item in skipped] == [
         "clips.csv: line 3: has 3 cells for 2 columns; put text that holds a ',' in quotes"
+    ]
+
+
+def test_a_quote_left_open_is_named_with_all_the_lines_that_it_takes(folder):
+    media, skipped = look(csv(folder, 'path,caption\na.mp4,one\nb.mp4,"two\na.mp4,three\n'))
+    assert len(media) == 1
+    assert [str(item) for item in skipped] == [
+        "clips.csv: line 3: is not CSV: unexpected end of data, line 4; close the quotes"
     ]
 
 

@@ -33,6 +33,7 @@ class Settings(Shapes):
     path: Path = Path()
     num_repeats: float = 1.0
     recursive: bool = False
+    media: str = "all"
     caption_extension: str = ".txt"
     skip_empty_caption: bool = True
     default_caption: str = ""

@@ -177,12 +177,13 @@ def test_what_would_stop_the_start_is_told(folder):
     assert unused.startswith("bucket 64x64x1 does not fill one batch")
     (never,) = plan.refusals(survey_of("--set", "gradient_accumulation_steps=50"))
     assert never.startswith("no bucket fills a single batch")
-    for path in (folder / "clips").iterdir():
+    for path in (*(folder / "clips").iterdir(), *(folder / "eval").iterdir()):
         path.unlink()
     survey = survey_of()
-    assert plan.refusals(survey) == ["nothing is left to train on"]
+    assert plan.refusals(survey) == [f"nothing to train on: there are no media files in {folder / 'clips'}"]
     console = Console(record=True, width=150)
     plan.conclude(console, survey)
+    assert "no warnings" not in console.export_text()  # where there is nothing that could have had one
     assert preview_page.report_of(survey, Counting()).buckets == []
 
 
@@ -216,3 +217,11 @@ def test_html_goes_with_plan(capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--config", "run.toml", "--html", "page.html"])
     assert "--html goes with --plan" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_told_before_anything_is_read(folder, quiet):
+    for place, complaint in {folder: "is a folder; name the", folder / "run.toml/a.html": "cannot be made"}.items():
+        flags = train.parse_arguments(["--config", str(folder / "run.toml"), "--plan", "--html", str(place)])
+        with pytest.raises(ValueError, match=f"--html .*{complaint}"):
+            plan.preview(flags)
+    assert not (folder / "runs").exists()

@@ -16,6 +16,7 @@ from models.wan.storage import Storage
 from models.wan.variants import Architecture
 from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
 from utils.config.fields import Refused
+from utils.config.musubi import MusubiDataset
 from utils.config.schema import AdapterConfig, MonitoringConfig, OptimizerConfig, RunConfig
 from utils.train import cache_tool
 
@@ -176,5 +177,6 @@ def test_names_with_underscores_are_keys():
     """A key that is renamed must be renamed in the README too."""
     others = {"save_quit", "multiple_overlapping", "adamw_optimi", "high_noise", "low_noise"}
     others |= {"fp8_scaled", "scale_weight", "weight_scale", "comfy_quant", "logit_normal"}
+    others |= set(MusubiDataset.model_fields)
     words = set(re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+)+)`", README))
     assert words - {key for schema in SCHEMAS for key in schema.model_fields} <= others

@@ -139,7 +139,7 @@ class TestChecks:
         folder = copy_checkpoint(tmp_path / "wan")
         shard(folder, 6)[4].unlink()
         message = refusal(folder)
-        assert re.search(r"16 tensors missing, first \S+; shard 5 of 6 absent or truncated \(diffusion_py", message)
+        assert re.search(r"shard 5 of 6, diffusion_py\S+: it does not exist; 16 tensors missing, first ", message)
 
     @pytest.mark.parametrize("config", [True, False])
     def test_truncated_file(self, tmp_path, config):

@@ -157,7 +157,7 @@ class TestWhatIsMissing:
         shard(tmp_path, 6)[4].unlink()
         lines = refusal(tmp_path, i2v_fraction=0.5).splitlines()
         assert len(lines) == 4 and "Wan2.2_VAE.pth" in lines[0]
-        assert "shard 5 of 6 absent or truncated" in lines[3]
+        assert "shard 5 of 6, diffusion_pytorch_model-00005-of-00006.safetensors: it does not exist" in lines[3]
 
     def test_with_a_transformer_that_is_no_wan(self, tmp_path):
         write_transformer(tmp_path, "wan_t2v")

@@ -1,6 +1,7 @@
 """What the watchdog takes for the end of a run, and what it leaves alone; two ranks of it in one process."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -91,6 +92,59 @@ def test_compiling_and_saving_take_longer(tmp_path):
         assert time.monotonic() - begun > LONG * STALL_S
 
 
+def test_a_clock_that_jumps_is_no_stall(tmp_path):
+    """As after a laptop's sleep: files of a moment ago are an hour old."""
+    with watched(tmp_path) as dogs:
+        for dog in dogs:
+            dog.activity.begin("caching")
+        until = time.monotonic() + 6 * STALL_S
+        while time.monotonic() < until:
+            for _ in range(15):
+                dogs[1].activity.note("the item after clip.mp4")
+                time.sleep(0.02)
+            beat = tmp_path / beats.FOLDER / "rank_1.json"
+            os.utime(beat, (time.time() - 3600,) * 2)
+        assert [dog.status for dog in dogs] == [None, None]
+
+
+def test_a_disk_that_fails_for_a_while_does_not_end_the_watch(tmp_path):
+    class Hesitant(Kept):
+        looks = 0
+
+        def faults(self):
+            self.looks += 1
+            if self.looks < 5:
+                raise OSError(116, "Stale file handle")
+            return super().faults()
+
+    prepare_folder(tmp_path)
+    dog = Hesitant(Activity(), tmp_path, rank=0, world=1, stall_timeout_s=STALL_S)
+    dog.activity.begin("step 1")
+    dog.start()
+    assert ended([dog], 10) == [STALLED] and dog.looks >= 5
+    dog.stop()
+
+
+def test_too_many_open_files_are_no_death():
+    beat = beats.beat_of(1, machine(), Activity(), time.monotonic())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        gone = beats.is_gone(beat, beat.host)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not gone
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_folder_that_was_made_for_the_watch_goes_with_it(tmp_path, ranks):
+    folder = tmp_path / "cache_only"
+    folder.mkdir()
+    with watched(folder, ranks):
+        pass
+    assert not folder.exists()
+
+
 def test_zero_waits_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "TICK_S", 0.05)
     with watched(tmp_path, stall_timeout_s=0) as dogs:
@@ -107,7 +161,8 @@ def test_a_stuck_rank_follows_one_that_ended(tmp_path, monkeypatch, caplog):
         dogs[1].record("too bad")
         dogs[1].stop()
         assert ended([dogs[0], dogs[2]], 20) == [FAILED, FAILED]
-    assert [r.getMessage() for r in caplog.records] == ["rank 1 ended first, in step 3: too bad"]
+    # the other rank says it too, for the file alone
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == ["rank 1 ended first, in step 3: too bad"]
 
 
 def test_a_rank_that_left_by_itself_is_not_missed(tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from utils.config.clip_rules import whole_lengths
-from utils.config.fields import Count, Lax, Pair, Suffix, Table, UserPath, checked, not_yet
+from utils.config.fields import Count, Lax, Pair, Suffix, Table, UserPath, checked, not_yet, rows
 from utils.config.messages import Problem, dotted, problems, shown
 from utils.config.source import ConfigError, Location, Source
 
@@ -23,7 +23,7 @@ _INDEX = (
 _OTHER_MODEL = "it is for models that this trainer does not train; remove it"
 _NOT_WHOLE = "is not a resolution; use the side of a square, or [width, height], whole numbers of pixels"
 _NO_FRAMES = "is not a list of frame counts; use whole numbers of 1 or more: [25, 45]"
-_NO_DATASET = "is empty; add a [[datasets]] with a video_directory or an image_directory"
+_NO_DATASET = "holds no list of folders; begin each with [[datasets]], and a video_directory or an image_directory"
 
 
 def _is_side(value: Any) -> bool:
@@ -35,7 +35,7 @@ def _is_resolution(value: Any) -> bool:
 
 
 def _are_lengths(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_side, value))
+    return rows(_is_side)(value) and len(value) > 0
 
 
 class _Shared(Table):
@@ -71,7 +71,7 @@ class _Shared(Table):
     """Where it keeps its cache. Without effect here."""
 
 
-class _Dataset(_Shared):
+class MusubiDataset(_Shared):
     """One [[datasets]]."""
 
     video_directory: UserPath | None = None
@@ -98,7 +98,9 @@ class _File(Table):
 
     general: _Shared = _Shared()
     """What holds for every [[datasets]] that does not say otherwise."""
-    datasets: Annotated[tuple[_Dataset, ...], Lax, checked(lambda value: value != [], _NO_DATASET)]
+    datasets: Annotated[
+        tuple[MusubiDataset, ...], Lax, checked(lambda value: isinstance(value, list) and value != [], _NO_DATASET)
+    ]
     """One or more folders."""
 
 
@@ -140,13 +142,15 @@ def from_musubi(source: Source, run_batch_size: Any = 1) -> Translated:
         found = [problem for folder in folders for problem in folder.wrong()]
     if found:
         raise ConfigError([text for _, text in sorted(found, key=lambda problem: problem[0])])
-    directories, places, said = [], {}, {}
+    directories: list[dict[str, Any]] = []
+    places: dict[Location, Location] = {}
+    said: dict[str, list[Location]] = {}
     for folder in folders:
         directories.append(folder.directory())
         places |= folder.places
         for place, text in folder.said():
-            said.setdefault((place if place[0] == "general" else (), text), place)
-    notices = [source.where(place) + text for (_, text), place in said.items()]
+            said.setdefault(text, []).append(place)
+    notices = [f"{source.where(where[0])}{text}{_more(where)}" for text, where in said.items()]
     names = {ours: dotted(theirs) for ours, theirs in places.items()}
     lines = {ours: source.line(theirs) for ours, theirs in places.items() if source.line(theirs)}
     data = {"directory": directories}
@@ -171,10 +175,12 @@ class _Folder:
             return [self._problem(here, f"{fault}{'' if given else ' a video_directory or an image_directory'}")]
         strays = [key for key in _VIDEO_KEYS if not self._videos and key in self._own.model_fields_set]
         found = [self._problem((*here, key), "is for a video_directory; remove it") for key in strays]
-        lengths = self._lengths()[0]
-        if self._videos and lengths == (1,) and self._get("frame_extraction") != "full":
-            text = f"= {shown(list(self._get('target_frames')))} is stills of videos, which are not trained on here"
-            found.append(self._problem(self._where("target_frames"), f"{text}; add a length such as 33"))
+        if self._videos and self._lengths()[0] == (1,) and self._get("frame_extraction") != "full":
+            place = self._where("target_frames")
+            given = shown(list(self._get("target_frames")))
+            said = f"= {given} gives" if place[-1] == "target_frames" else "has no target_frames, which gives"
+            text = f"{said} stills of videos, and such are not trained on here; add a length: target_frames = [33]"
+            found.append(self._problem(place, text))
         return found
 
     def directory(self) -> dict[str, Any]:
@@ -214,7 +220,8 @@ class _Folder:
     def _said_of_videos(self) -> list[tuple[str, str]]:
         notes = []
         if self._get("enable_bucket") is False:
-            text = f"enable_bucket = false crops videos to {_by(self._size())}; musubi-tuner itself heeds it for images"
+            width, height = self._size()
+            text = f"enable_bucket = false crops videos to {width}x{height}; musubi-tuner heeds it for images alone"
             notes.append(("enable_bucket", text))
         if self._get("frame_extraction") != "full":
             lengths, changed = self._lengths()
@@ -254,8 +261,7 @@ class _Folder:
         return value
 
     def _take(self, ours: str, theirs: str) -> Any:
-        value = getattr(self._own, theirs) if theirs in _Dataset.model_fields and theirs.endswith("_directory") else None
-        return self._put(ours, theirs, self._get(theirs) if value is None else value)
+        return self._put(ours, theirs, self._get(theirs))
 
     def _problem(self, place: Location, text: str) -> Problem:
         name = dotted(place) if len(place) != 2 or place[0] == "general" else f"[{dotted(place)}]"
@@ -279,5 +285,7 @@ def _whole(length: int) -> int:
     return max(_SIDE_STEP_PX, length // _SIDE_STEP_PX * _SIDE_STEP_PX)
 
 
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+def _more(places: list[Location]) -> str:
+    """What follows a notice that is true in several places."""
+    others = len(dict.fromkeys(places)) - 1
+    return f" (the same in {others} more place{'s' if others > 1 else ''})" if others else ""

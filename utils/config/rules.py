@@ -13,6 +13,7 @@ from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
 from utils.config.load import LoadedConfig
 from utils.config.messages import dotted, shown
 from utils.config.schema import AdapterConfig, OptimizerConfig, RunConfig
+from utils.config.size_rules import size_advice
 from utils.config.source import ConfigError, Location, Source
 
 if TYPE_CHECKING:  # at run time models would bring torch
@@ -337,9 +338,14 @@ def _idle_model_keys(loaded: LoadedConfig) -> Iterator[Finding]:
     """Keys of `[model]` that were set and change nothing beside what else is set."""
     fields = type(loaded.model).model_fields
     uniform = getattr(loaded.model, "timestep_sample_method", None) == "uniform"
+    folders, usual = loaded.dataset.directory, loaded.run.video_clip_mode
+    lengths = {bucket[2] for each in folders for bucket in each.size_buckets}
+    lengths |= {frames for each in folders if not each.size_buckets for frames in each.frame_buckets}
+    images_alone = lengths == {1} and all((each.video_clip_mode or usual) != "full" for each in folders)
     idle = {
         "save_layout": (loaded.run.adapter is not None, "with [adapter], which has save_format"),
         "sigmoid_scale": (uniform, "with timestep_sample_method = 'uniform'"),
+        "i2v_fraction": (images_alone, "where all buckets are for images; add a length to frame_buckets"),
     }
     for key, (is_idle, beside) in idle.items():
         if is_idle and key in fields and (value := getattr(loaded.model, key)) != fields[key].default:
@@ -353,7 +359,8 @@ def _dataset_advice(
     for index, folder in enumerate(dataset.directory):
         mode = folder.video_clip_mode or run_mode
         said = [*_folder_advice(folder), *clip_advice(folder, mode), *caption_advice(folder)]
-        for key, text in [*said, *(_image_advice(folder, spec) if spec else ())]:
+        said += [*_image_advice(folder, spec), *size_advice(folder, spec)] if spec else []
+        for key, text in said:
             place = _owner(source, index, key)
             found.append((place, f"{dotted(place)}{text}"))
     return found

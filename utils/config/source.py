@@ -62,7 +62,7 @@ class Source:
         if any(part in self.overridden for part in _outwards(location)):
             return "--set: "
         line = self.line(location)
-        called = f"{self.names[location]}: " if location in self.names else ""
+        called = next((f"{self.names[part]}: " for part in _outwards(location) if part in self.names), "")
         return f"{self.path}:{line}: {called}" if line else f"{self.path}: {called}"
 
     def holds(self, location: Location) -> bool:

@@ -18,6 +18,7 @@ from utils.data.liveness import born_at, machine
 JOBS_FOLDER = "jobs"  # in the cache's root: one folder a job that is caching
 BEAT_S = 2.0
 STALE_S = 20.0  # a process of another machine that has not beaten for so long is dead
+LOST_S = 60.0  # for a rank of this job: its end would be that of all
 GRACE_S = 8.0  # for a rank to end in order, or by its watchdog, once it knows that another is lost
 _OLD_S = 3600.0  # a job's folder without a living rank is of no use after that
 
@@ -60,6 +61,7 @@ class Crew:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="crew", daemon=True)
         self._known: dict[Path, tuple[float, str]] = {}  # beat -> when it was looked at, and what was found
+        self._unmoved: dict[int, tuple[float, int]] = {}  # rank elsewhere -> its last beat, this one's beats since
 
     @classmethod
     def alone(cls, root: Path) -> "Crew":
@@ -128,8 +130,7 @@ class Crew:
             os.listdir(beat.parent)  # NFS may remember for half a minute that a file was not there; this makes it look
             member = Member(**json.loads(beat.read_bytes()))
             if member.machine == machine():
-                killed = "has ended without a word (killed: mostly memory that ran out)"
-                return "" if _is_running(member) else f"{member} {killed}"
+                return "" if _is_running(member) else _killed(member)
             age_s = self.age_s(beat)
             return "" if age_s < STALE_S else f"{member} has shown no life for {age_s:.0f} s"
         except FileNotFoundError:
@@ -144,6 +145,7 @@ class Crew:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(OSError):
                 os.utime(self.beat)
+                self._count_unmoved()
             if not self._lost:
                 self._lost, lost_since = self._find_lost(), monotonic()
             if self._lost and self._end and monotonic() - lost_since >= GRACE_S:
@@ -151,16 +153,37 @@ class Crew:
 
     def _find_lost(self) -> str:
         """What has become of a rank that is lost; "" where none is."""
-        with contextlib.suppress(OSError):  # the disk hesitates: the next look will tell
+        with contextlib.suppress(OSError, ValueError, TypeError):  # the disk hesitates: the next look will tell
             there = set(os.listdir(self.folder))
             for rank in range(self.world):
                 if _failure(rank) in there and rank != self.rank:
                     return f"rank {rank} has stopped: {(self.folder / _failure(rank)).read_text()}"
                 # without a beat it has not begun yet, or is done
                 beat = self.folder / _beat(rank)
-                if beat.name in there and (fate := self._fate(beat)) and beat.exists():
+                if beat.name in there and (fate := self._fate_of_rank(rank, beat)) and beat.exists():
                     return fate
         return ""
+
+    def _fate_of_rank(self, rank: int, beat: Path) -> str:
+        """Why a rank of this job is lost. One of another machine is once this rank has beaten all of `LOST_S` without a
+        sign of it: a file's age alone says as much of a disk that let nobody write for a minute, or of a machine that
+        slept."""
+        member = Member(**json.loads(beat.read_bytes()))
+        if member.machine == machine():
+            return "" if _is_running(member) else _killed(member)
+        _, beats = self._unmoved.get(rank, (0.0, 0))
+        return f"{member} has shown no life for {beats * BEAT_S:.0f} s" if beats * BEAT_S >= LOST_S else ""
+
+    def _count_unmoved(self) -> None:
+        for rank in range(self.world):
+            with contextlib.suppress(OSError):
+                when = _touched(self.folder / _beat(rank))
+                last, beats = self._unmoved.get(rank, (when, -1))
+                self._unmoved[rank] = (when, beats + 1 if when == last else 0)
+
+
+def _killed(member: Member) -> str:
+    return f"{member} has ended without a word (killed: mostly memory that ran out)"
 
 
 def _beat(rank: int) -> str:
@@ -177,7 +200,9 @@ def sweep(root: Path) -> None:
         for folder in (root / JOBS_FOLDER).iterdir():
             with contextlib.suppress(OSError):  # another start sweeps too
                 beats = list(folder.glob("rank-*.json"))
-                if crew.age_s(folder) > _OLD_S and not any(crew.lives(beat) for beat in beats):
+                # a silent job of another machine may only be stopped, so it too is given the hour
+                ages_s = [crew.age_s(path) for path in (folder, *beats)]
+                if min(ages_s) > _OLD_S and not any(crew.lives(beat) for beat in beats):
                     shutil.rmtree(folder)
 
 

@@ -94,7 +94,7 @@ def _seconds(row: Mapping[str, Any], key: str) -> Fraction | None:
             raise ValueError
         return Fraction(str(value).strip())
     except (TypeError, ValueError):
-        raise Unusable(f"its {key} is {value!r}; write seconds as a number, 0 or more", bad=True) from None
+        raise Unusable(f"its {key} is {value!r}; write seconds as a number, 0 or more, such as 2.5", bad=True) from None
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------
@@ -123,10 +123,13 @@ def _csv(path: Path, text: str) -> Iterator[Row]:
     if twice := {name for name in header if name != "caption" and header.count(name) > 1}:
         raise ValueError(f"{path}: has the column {some(twice)} more than once")
     while True:
+        begin = reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield reader.line_num, f"is not CSV: {error}"
+            # a quote left open swallows all lines to the file's end, which is where the reader gives up
+            end = f", line {reader.line_num}; close the quotes" if reader.line_num > begin else ""
+            yield begin, f"is not CSV: {error}{end}"
             continue
         if cells is None:
             return

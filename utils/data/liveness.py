@@ -18,9 +18,12 @@ def born_at(pid: int) -> str:
     """When a process started, in the kernel's own unit; "" where there is none, or a dead one that nobody has reaped.
 
     See proc(5): /proc/PID/stat is `pid (name) state ...` and start time is field 22; a name may hold anything.
+
+    Raises:
+        OSError: it cannot be seen, as where this process has too many files open; that is no sign of death.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
     return "" if state in "ZX" else fields[18]

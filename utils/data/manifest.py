@@ -143,7 +143,8 @@ def build_manifest(
     bad = [item for item in skipped if item.bad]
     if bad and not skip_bad_media:
         lines = "".join(f"\n  {item.path}: {item.reason}" for item in bad)
-        raise ValueError(f"{len(bad)} media files cannot be used (skip_bad_media = true goes on without them):{lines}")
+        files = "1 media file" if len(bad) == 1 else f"{len(bad)} media files"
+        raise ValueError(f"{files} cannot be used (skip_bad_media = true goes on without):{lines}")
     if not clips:
         raise ValueError(_nothing_left(directories, skipped))
     entries, wanted, empty = _collect(clips, Keys(encoders, FingerprintIndex(store.root / WEIGHTS_FILE)))

@@ -79,8 +79,12 @@ def scan_directory(
     media: list[MediaFile] = []
     for item, captions in captioned:
         if item.path in found:
+            file = MediaFile(item.path, *found[item.path], captions)
+            if settings.media == ("images" if file.is_video else "videos"):
+                skipped.append(Skipped(item.path, _not_wanted(file), bad=False))
+                continue
             try:
-                media.append(_part(item, MediaFile(item.path, *found[item.path], captions)))
+                media.append(_part(item, file))
             except Unusable as error:
                 skipped.append(Skipped(item.path, f"{item.source}: {error}", error.bad))
     notices += trigger_notices([file.captions for file in media], settings)
@@ -92,6 +96,11 @@ def _captions(item: Item, settings: CaptionSettings) -> tuple[str, ...]:
         return trained_captions(item.written, item.source, settings)
     beside = item.path.with_suffix(settings.caption_extension)
     return trained_captions(read_caption_file(beside), beside.name, settings)
+
+
+def _not_wanted(media: MediaFile) -> str:
+    kind, others = ("a video", "images") if media.is_video else ("an image", "videos")
+    return f"is {kind}, and of this folder only {others} are used"
 
 
 def _part(item: Item, media: MediaFile) -> MediaFile:

@@ -14,6 +14,7 @@ import multiprocess.connection
 
 _SPAWN = multiprocess.get_context("spawn")
 _START_TIMEOUT_S = 300.0  # imports from a network disk can take minutes
+_SLICE_S = 1.0  # of waiting; one that takes much longer tells that this process was stopped (Ctrl-Z)
 _STARTED = -1  # index of the message by which a worker says that its imports are done
 
 
@@ -135,7 +136,12 @@ class WorkerPool:
         """Wait for a worker to answer or to fail, `longest_s` at most; one (index, value, error) for each that did."""
         busy = {worker.pipe: worker for worker in self._workers if worker.queue}
         patience_s = min(worker.since + self._patience_s(worker) for worker in busy.values()) - monotonic()
-        for pipe in multiprocess.connection.wait(list(busy), timeout=max(0.0, min(patience_s, longest_s))):
+        begun, slice_s = monotonic(), max(0.0, min(patience_s, longest_s, _SLICE_S))
+        ready = multiprocess.connection.wait(list(busy), timeout=slice_s)
+        if monotonic() - begun > slice_s + _SLICE_S:  # and the workers with it, most likely: no item is to blame
+            for worker in busy.values():
+                worker.since = monotonic()
+        for pipe in ready:
             worker = busy.pop(pipe)
             try:
                 index, value, error = pipe.recv()
@@ -150,7 +156,7 @@ class WorkerPool:
         for worker in busy.values():
             patience_s = self._patience_s(worker)
             if monotonic() - worker.since > patience_s and not worker.pipe.poll():
-                yield self._replace(worker, name, f"no progress for {patience_s:.0f} s")
+                yield self._replace(worker, name, f"no progress for {patience_s:g} s")
 
     def _patience_s(self, worker: "_Worker") -> float:
         return self._timeout_s if worker.started else _START_TIMEOUT_S

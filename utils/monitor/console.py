@@ -3,6 +3,7 @@
 Everything but `LiveLine` is a pure function from plain values to text or a rich renderable. Show them with `show`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+# The C0 and C1 control characters but the newline: in a file's name they would reach the terminal as commands.
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
 
 def show(console: Console, renderable: RenderableType) -> None:
     """Print a string wrapped at words, a `Text` unbroken (paths and commands in it can be copied), a table as it is.
@@ -23,7 +27,12 @@ def show(console: Console, renderable: RenderableType) -> None:
     Strings go in as they are: rich would take `[I2V] clip.mp4` for markup.
     """
     unbroken = isinstance(renderable, Text)
-    console.print(Text(renderable) if isinstance(renderable, str) else renderable, soft_wrap=unbroken)
+    console.print(plain(renderable) if isinstance(renderable, str) else renderable, soft_wrap=unbroken)
+
+
+def plain(text: str) -> Text:
+    """`text` as it is, neither markup nor commands to the terminal: control characters become `?`."""
+    return Text(_CONTROLS.sub("?", text))
 
 
 # Numbers and units
@@ -148,7 +157,7 @@ def _table(title: str, columns: Sequence[Column], rows: Iterable[Sequence[Any]],
         table.add_column(column.title, justify=justify, no_wrap=column.number or column.whole, overflow="fold")
     for row in rows:
         # Text, for the reason that `show` gives
-        table.add_row(*(Text(cell if isinstance(cell, str) else grouped(cell)) for cell in row))
+        table.add_row(*(plain(cell if isinstance(cell, str) else grouped(cell)) for cell in row))
     return table
 
 

@@ -103,7 +103,8 @@ def describe(batch: Batch) -> str:
 class Watched:
     """A `Progress` whose every item counts as something done by this rank.
 
-    The time before the first item is long: encoders read their weights in it.
+    The time before the first item is long: encoders read their weights in it. So is that between two lists of items:
+    weights are hashed and entries looked up, each on a disk that may be slow.
     """
 
     def __init__(self, shown: Progress, activity: Activity) -> None:
@@ -121,4 +122,4 @@ class Watched:
 
     def done(self) -> None:
         self._shown.done()
-        self._activity.begin("caching")
+        self._activity.begin("caching", patience=LONG)

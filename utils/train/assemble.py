@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from utils import dist
+from utils.config.load import LoadedConfig
 from utils.config.schema import RunConfig
 from utils.data.dataset import CachedDataset
 from utils.data.loader import StepLoader
@@ -46,10 +48,11 @@ def build_run(job: Job, data: Prepared) -> Run:
         expert.built.engine.activity = job.activity
     data_ranks = engine.grid.get_data_parallel_world_size()
     plan = make_plan(config, data.train, data_ranks)
-    course = course_of(config, plan, data.train) | turns(job.family) | adapter_course(config)
+    course = course_of(config, plan, data.train) | turns(job.family) | quiet_course(job.loaded)
     course["model"] = job.family.title
     state, meters = TrainState(), Meters()
     if job.resume:
+        job.activity.begin("reading the checkpoint", patience=LONG)
         state = resume(job, experts, course, meters)
     total = total_steps(config, plan, state)
     reads_data = engine.is_first_stage() or engine.is_last_stage()
@@ -101,19 +104,29 @@ def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -
     parts = {n: Part(e.built.trained, None if fresh else e.built.optimizer) for n, e in experts.items()}
     loaded = checkpoint.load(job.resume, parts)
     meters.load_state_dict(loaded.meters)
+    quiet = quiet_course(job.loaded)
     if job.flags.reset_dataloader:
-        course = adapter_course(job.config)
-    else:
-        refuse_other_order(job.resume, loaded.course, course)
+        course = quiet
+    else:  # what does not touch the order is no reason for another one
+        decisive = {key: value for key, value in course.items() if key not in quiet}
+        refuse_other_order(job.resume, loaded.course, decisive)
     for change in checkpoint.course_changes(loaded.course, course):
         logger.warning("changed since the checkpoint: %s", change)
     return loaded.state.restarted(loaded.epochs_done) if job.flags.reset_dataloader else loaded.state
 
 
-def adapter_course(config: RunConfig) -> dict[str, Any]:
-    """What the trained tensors count by and are added to: where it changed, they mean another change of weight."""
+def quiet_course(loaded: LoadedConfig) -> dict[str, Any]:
+    """What may change without touching the order of the data, and yet makes other training of it.
+
+    What the trained tensors count by and are added to, or they mean another change of weight; the loss; and all of
+    `[model]` but its paths, since a checkpoint may have moved.
+    """
+    config, model = loaded.run, loaded.model
     fused = [[str(entry.path), entry.weight, entry.expert] for entry in config.fused]
-    return {"alpha": config.adapter and config.adapter.alpha, "fuse_adapters": fused}
+    paths = {key for key in type(model).model_fields if isinstance(getattr(model, key), Path)}
+    settings = {f"model.{key}": value for key, value in model.model_dump(mode="json", exclude=paths).items()}
+    alpha = config.adapter and config.adapter.alpha
+    return {"alpha": alpha, "fuse_adapters": fused, "pseudo_huber_c": config.pseudo_huber_c, **settings}
 
 
 def total_steps(config: RunConfig, plan: EpochPlan, state: TrainState) -> int:

@@ -73,7 +73,9 @@ def read_beat(folder: Path, rank: int) -> tuple[Beat, float] | None:
 
 def is_gone(beat: Beat, host: str) -> bool:
     """Whether the process of a rank on this host has ended. False where that cannot be seen."""
-    return beat.host == host and not born_at(beat.pid)
+    with suppress(OSError):
+        return beat.host == host and not born_at(beat.pid)
+    return False
 
 
 def who_waits(beats: Sequence[tuple[Beat, float]], world: int) -> str:

@@ -13,6 +13,7 @@ from models.adapter_layers import AdapterShape, add_adapter, initial_value
 from models.base import ModelFamily, WeightSource
 from models.fused import FusedWeights
 from models.quantised import FLOAT8
+from models.targets import excluding
 from utils.train.engine import ReelEngine
 from utils.train.fuse import Fusion, check_fusions, load_fusions
 from utils.train.optimizers import build_optimizer
@@ -139,15 +140,29 @@ def check_settings(family: ModelFamily, settings: EngineSettings) -> Cut:
     check_fusions(cut.skeleton, loaded)
     found = starting_adapter(family, settings.adapter, FusedWeights(family.open_weights(), loaded))
     if found is not None:
-        wanted = {name: p for name, p in cut.skeleton.named_parameters() if adapters.is_adapter(name)}
-        for name, parameter in wanted.items():
-            _from_adapter(found, name, parameter)
-        if unused := sorted(set(found) - set(map(adapters.plain_name, wanted))):
-            raise ValueError(
-                f"[adapter] init_from_existing: {len(unused)} of its tensors would be dropped, first {unused[0]}; "
-                "use the exclude_modules that the adapter was made with"
-            )
+        assert settings.adapter is not None, "nothing else has a start"
+        _check_start(cut.skeleton, found, settings.adapter)
     return cut
+
+
+def _check_start(skeleton: nn.Module, found: Mapping[str, Tensor], adapter: AdapterSettings) -> None:
+    """Whether the tensors of `init_from_existing` are those that are trained; one message for all that is missing."""
+    where = f"[adapter] init_from_existing: '{adapter.init_from_existing}'"
+    wanted = {adapters.plain_name(n): p for n, p in skeleton.named_parameters() if adapters.is_adapter(n)}
+    modules = list(dict.fromkeys(split[0] for name in wanted if (split := adapters.split_name(name))))
+    absent = [module for module in modules if module not in adapters.by_module(found)]
+    if absent:
+        entries = excluding(absent, modules)
+        mend = f"set exclude_modules = {[*adapter.exclude_modules, *entries]}" if entries else _made_with(found)
+        raise ValueError(f"{where} has nothing for {len(absent)} modules of this run, first {absent[0]}; {mend}")
+    for name, parameter in wanted.items():
+        if fault := _misfit(found, name, parameter):
+            raise ValueError(f"{where}: {fault}")
+    if unused := sorted(set(found) - set(wanted)):
+        raise ValueError(
+            f"{where}: {len(unused)} of its tensors would be dropped, first {unused[0]}; use the exclude_modules that "
+            "the adapter was made with"
+        )
 
 
 def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.device) -> Built:
@@ -237,17 +252,20 @@ def parameter_filler(
 
 def _from_adapter(adapter: Mapping[str, Tensor], name: str, parameter: nn.Parameter) -> Tensor:
     plain = adapters.plain_name(name)
+    fault = _misfit(adapter, plain, parameter)
+    assert fault is None, f"check_settings lets no such adapter through: {fault}"
+    return adapter[plain]
+
+
+def _misfit(adapter: Mapping[str, Tensor], plain: str, parameter: nn.Parameter) -> str | None:
     found = adapter.get(plain)
-    if found is None or found.shape != parameter.shape:
-        shape = "absent" if found is None else f"of shape {list(found.shape)}"
-        raise ValueError(
-            f"[adapter] init_from_existing: {plain} is {shape}, and this run needs {list(parameter.shape)}; "
-            f"use what the adapter was made with: {_made_with(adapter, plain)}"
-        )
-    return found
+    if found is not None and found.shape == parameter.shape:
+        return None
+    shape = "absent" if found is None else f"of shape {list(found.shape)}"
+    return f"{plain} is {shape}, and this run needs {list(parameter.shape)}; {_made_with(adapter, plain)}"
 
 
-def _made_with(adapter: Mapping[str, Tensor], plain: str) -> str:
+def _made_with(adapter: Mapping[str, Tensor], plain: str = "") -> str:
     """The settings that decide the shapes, with the rank where the file shows it."""
     module = plain.removesuffix((adapters.split_name(plain) or ("", ""))[1])
     modules = adapters.by_module(adapter)
@@ -255,4 +273,4 @@ def _made_with(adapter: Mapping[str, Tensor], plain: str) -> str:
     keys = [f"rank = {rank}" if rank else "rank", "exclude_modules"]
     if any(".lokr_" in name for name in adapter):
         keys += ["factor", "decompose_both"]
-    return f"{', '.join(keys[:-1])} and {keys[-1]}"
+    return f"use what the adapter was made with: {', '.join(keys[:-1])} and {keys[-1]}"

@@ -17,6 +17,8 @@ from utils.config.load import load_config
 from utils.data.cache import CacheStore
 from utils.data.care import Found, busy, damage_of, drop_dead_claims, encoder_of, entries, leftovers, look_at_all
 from utils.data.crew import sweep
+from utils.data.inspection import LOOKS_FILE
+from utils.data.manifest import PROBES_FILE
 from utils.data.uses import Use, forget_uses, keys_of, recorded_uses
 from utils.monitor.console import counted, duration, grouped, short_bytes, show
 from utils.monitor.logs import quiet_libraries, terminal
@@ -59,10 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root = flags.cache_dir
         if not root.is_dir():
             raise ValueError(f"{root} is not a folder; name the cache_dir of a run")
+        if not any((root / name).is_file() for name in (PROBES_FILE, LOOKS_FILE)) and not any(entries(root)):
+            raise ValueError(f"{root} holds no cache; name the cache_dir of a run")
         return COMMANDS[flags.command](flags, CacheStore(root), console)
     except (ValueError, OSError) as error:
         show(console, f"{error}")
         return EXIT_USAGE
+    finally:
+        console.file.close()  # or Python warns of it, on the terminal
 
 
 # --- stats ------------------------------------------------------------------------------------------------------------

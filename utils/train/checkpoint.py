@@ -74,12 +74,14 @@ def save(
     stage: int,
     data_rank: int,
     keep_last: int | None,
+    note: Callable[[str], None] = lambda what: None,
 ) -> Path | None:
     """Write a checkpoint; every rank calls this. Returns None, and leaves earlier checkpoints as they are, when it
     could not be written: training can go on.
 
     Args:
         parts: by expert; a model that is alone has no name.
+        note: told of each file, before it is written and before it is read again: either may take an hour.
     """
     final = run_dir / f"global_step{state.step}"
     staging = run_dir / f"tmp-{final.name}"
@@ -87,7 +89,7 @@ def save(
     told = {"state": state.to_dict(), "epochs_done": epochs_done, "course": course, "meters": meters}
     trouble = _prepare(run_dir, staging, final, payload)
     if trouble is None:
-        trouble, files = _write_all(staging, payload)
+        trouble, files = _write_all(staging, payload, note)
         if trouble is None and dist.is_main():
             trouble = attempt(lambda: _finish(staging, final, told, files))
         trouble = first_trouble(trouble)
@@ -273,17 +275,21 @@ def _prepare(run_dir: Path, staging: Path, final: Path, payload: Mapping[str, _F
     return first_trouble(trouble)
 
 
-def _write_all(staging: Path, payload: Mapping[str, _File]) -> tuple[str | None, dict[str, Any]]:
+def _write_all(
+    staging: Path, payload: Mapping[str, _File], note: Callable[[str], None]
+) -> tuple[str | None, dict[str, Any]]:
     files: dict[str, Any] = {}
 
     def write() -> None:
         for name, (expert, content) in payload.items():
             path = staging / name
+            note(f"writing {name}")
             if name.endswith(".safetensors"):
                 write_safetensors(path, content)
             else:
                 torch.save(content, path)
             _sync(path)
+            note(f"hashing {name}")
             tensors = sorted(content if name.endswith(".safetensors") else content["shapes"])
             files[name] = {"bytes": path.stat().st_size, "blake2b": hash_file(path), "tensors": tensors}
             files[name] |= {"expert": expert} if expert else {}

@@ -48,7 +48,10 @@ def write_fault(run_dir: Path, fault: Fault) -> None:
 def read_faults(run_dir: Path) -> list[Fault]:
     """All that are written, the oldest first by the file server's clock, which is the same for all ranks."""
     found = []
-    for path in (run_dir / FOLDER).glob("rank_*.json"):
+    paths: list[Path] = []
+    with suppress(OSError):  # a disk that hesitates
+        paths += (run_dir / FOLDER).glob("rank_*.json")
+    for path in paths:
         with suppress(OSError, ValueError, TypeError):
             fault = Fault(**json.loads(path.read_text(encoding="utf-8")))
             found.append((path.stat().st_mtime_ns, fault.rank, fault))

@@ -1,5 +1,6 @@
 """`fuse_adapters`: adapters merged into the model's weights while these are read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,11 @@ def load_fusions(family: ModelFamily, fusions: Sequence[Fusion]) -> list[LoadedA
         key = f"fuse_adapters[{place if fusion.index is None else fusion.index}]"
         try:
             # its own alpha is folded in; a DoRA counts from what the adapters before it made of the weights
-            tensors = family.load_adapter(fusion.path, FusedWeights(family.open_weights(), loaded))
-            modules = adapters.by_module(tensors)
+            merge = family.load_merge(fusion.path, FusedWeights(family.open_weights(), loaded))
+            modules = adapters.by_module(merge.adapter)
         except (ValueError, OSError) as error:
             raise ValueError(f"{key}: {error}") from error
-        loaded.append(LoadedAdapter(key, fusion.weight, modules))
+        loaded.append(LoadedAdapter(key, fusion.weight, modules, merge.differences))
     return loaded
 
 
@@ -56,23 +57,33 @@ def check_fusions(skeleton: nn.Module, loaded: Sequence[LoadedAdapter]) -> None:
         skeleton: on meta; with an adapter of its own or without.
 
     Raises:
-        ValueError: a module that is not there, has another shape, or is kept in scaled fp8.
+        ValueError: a module or parameter that is not there, has another shape, or is kept in scaled fp8.
     """
     shapes = {adapters.base_name(name): tuple(p.shape) for name, p in skeleton.named_parameters()}
-    for key, _, modules in loaded:
-        for module, parts in modules.items():
+    for each in loaded:
+        for module, parts in each.modules.items():
             try:
                 found = adapters.delta_shape(parts)
             except ValueError as error:
-                raise ValueError(f"{key}: {module} {error}") from error
+                raise ValueError(f"{each.key}: {module} {error}") from error
             wanted = shapes.get(f"{module}.weight")
-            if found != wanted:
+            # a convolution's weight counts as a matrix with a row for each output
+            matrix = (wanted[0], math.prod(wanted[1:])) if wanted and len(wanted) > 2 else wanted
+            if found != matrix:
                 there = f"has weights of {list(wanted)}" if wanted else "is no module of this model"
-                raise ValueError(
-                    f"{key}: the adapter's {list(found)} are for {module}, which {there}; it is made for another model"
-                )
-            if f"{module}.weight_scale" in shapes:
-                raise ValueError(
-                    f"{key}: {module} is kept in scaled fp8, which the sum cannot be rounded to; use the bfloat16 file "
-                    "of the model, or set transformer_dtype = 'bfloat16' in [model]"
-                )
+                raise _other_model(each.key, list(found), module, there)
+        for name, difference in each.differences.items():
+            wanted = shapes.get(name)
+            if tuple(difference.shape) != wanted:
+                there = f"is of {list(wanted)}" if wanted else "is no parameter of this model"
+                raise _other_model(each.key, list(difference.shape), name, there)
+        weights = {*(f"{module}.weight" for module in each.modules), *each.differences}
+        if scaled := sorted(name for name in weights if f"{name}_scale" in shapes):
+            raise ValueError(
+                f"{each.key}: {scaled[0].removesuffix('.weight')} is kept in scaled fp8, which the sum cannot be "
+                "rounded to; use the bfloat16 file of the model, or set transformer_dtype = 'bfloat16' in [model]"
+            )
+
+
+def _other_model(key: str, found: list[int], name: str, there: str) -> ValueError:
+    return ValueError(f"{key}: the adapter's {found} are for {name}, which {there}; it is made for another model")

@@ -267,6 +267,7 @@ def save_checkpoint(run: Run) -> None:
         stage=engine.stage_id,
         data_rank=engine.data_rank,
         keep_last=run.settings.keep_last,
+        note=run.activity.note,
     )
     run.checkpoint_clock = time.monotonic()
     if folder is not None:

@@ -5,78 +5,20 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
-from models import family_class
-from models.base import Outline
 from utils import dist
-from utils.config.load import ConfigError, LoadedConfig, load_config
-from utils.config.rules import advice, check_paths, check_rules
-from utils.config.schema import RunConfig
-from utils.data.cache import CacheStore, write_whole
-from utils.data.findings import Finding, Measured, findings
-from utils.data.inspection import LOOKS_FILE, look_at, view_of
-from utils.data.listing import Skipped
-from utils.data.manifest import Group, Manifest, cut_dataset
+from utils.config.rules import advice
+from utils.data.cache import write_whole
 from utils.data.pace import pixels_of, read_pace
-from utils.data.plan import EpochPlan
-from utils.data.records import Bucket, Clip, Entry
-from utils.data.stat_index import StatIndex
-from utils.data.workers import Progress
 from utils.monitor import console as show
 from utils.monitor.logs import quiet_libraries, setup_logging, terminal
 from utils.monitor.progress import CacheProgress
 from utils.train import tell
-from utils.train.order import plan_of
-from utils.train.prepare import DEFAULT_WORKERS, open_cache
-
-TRAIN = "train"  # the training set's name in what is told
-PLAN_FOLDER = "plan"  # in output_dir
-TOKENS_A_WORD = 4 / 3  # of English, a rule of thumb: for the size of the cache where there is no tokenizer
-
-
-@dataclass
-class Survey:
-    """What was found out."""
-
-    loaded: LoadedConfig
-    outline: Outline
-    ranks: int
-    workers: int
-    clips: list[tuple[str, Clip]] = field(default_factory=list)  # with the dataset's name; the training set's first
-    skipped: list[tuple[str, Skipped]] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)  # what was done to clips
-    measured: list[Measured] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    plan: EpochPlan | None = None  # None where there is nothing to train on
-
-    @property
-    def config(self) -> RunConfig:
-        return self.loaded.run
-
-    @property
-    def folder(self) -> Path:
-        return self.config.output_dir / PLAN_FOLDER
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        steps = self.plan.first_step(self.config.epochs + 1) if self.plan else 0
-        return min(steps, self.config.max_steps or steps)
-
-    def datasets(self) -> dict[str, Sequence]:
-        """The directories of each dataset."""
-        others = {name: dataset.directory for name, dataset in self.loaded.eval_datasets.items()}
-        return {TRAIN: self.loaded.dataset.directory, **others}
-
-    def caption_length(self, caption: str) -> int:
-        """In tokens, or in words where there is no tokenizer."""
-        count = self.outline.count_caption_tokens
-        return count(caption) if count else len(caption.split())
+from utils.train.survey import Survey, begin, cache_size, decoded, explore, refusals
 
 
 def preview(flags: argparse.Namespace) -> None:
@@ -85,6 +27,7 @@ def preview(flags: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: all that is wrong with the files.
+        ValueError: the page cannot be written where it was asked for.
     """
     if not dist.is_main():
         return
@@ -92,6 +35,8 @@ def preview(flags: argparse.Namespace) -> None:
     console = terminal()
     setup_logging(dist.rank(), console)
     survey = begin(flags)
+    if flags.html:
+        make_room(flags.html)
     introduce(console, survey)
     with CacheProgress(console) as progress:
         explore(survey, progress)
@@ -105,97 +50,14 @@ def preview(flags: argparse.Namespace) -> None:
             show.show(console, show.closing_panel({"contact sheet": flags.html.absolute()}, {}, title="Open"))
 
 
-def begin(flags: argparse.Namespace) -> Survey:
-    """The config, checked as for a start, less what only weights can tell."""
-    loaded = load_config(flags.config, flags.set)
-    outline = family_class(loaded.family_name).outline(loaded.model)
-    # without the launcher: as many ranks as hold one copy of the model
-    ranks = dist.world_size() if "WORLD_SIZE" in os.environ else loaded.run.pipeline_stages
-    errors = check_rules(loaded, ranks, outline.media) + check_paths(loaded, weights=False)
-    if errors:
-        raise ConfigError(errors)
-    workers = loaded.run.map_num_proc or max(1, min(DEFAULT_WORKERS, os.cpu_count() or 1))
-    return Survey(loaded, outline, ranks, workers)
-
-
-# --- finding out ------------------------------------------------------------------------------------------------------
-
-
-def explore(survey: Survey, progress: Progress) -> None:
-    """Scan, cut and look at every dataset, and plan the first."""
-    store = open_cache(survey.config.cache_dir)
-    for name, directories in survey.datasets().items():
-        cut = cut_dataset(
-            directories,
-            spec=survey.outline.media,
-            clip_mode=survey.config.video_clip_mode,
-            store=store,
-            workers=survey.workers,
-            progress=progress,
-        )
-        survey.clips += [(name, clip) for clip in cut.clips]
-        survey.skipped += [(name, item) for item in cut.skipped]
-        survey.notices += cut.notices
-    measure(survey, store, progress)
-    entries = [Entry("", "", clip.bucket, clip.group, (), (), ()) for name, clip in survey.clips if name == TRAIN]
-    groups = [Group(Path(folder.path), folder.num_repeats) for folder in survey.loaded.dataset.directory]
-    if entries:
-        train = Manifest(entries, groups, [], {}, {}, "")
-        survey.plan = plan_of(survey.config, train, survey.ranks // survey.config.pipeline_stages)
-
-
-def measure(survey: Survey, store: CacheStore, progress: Progress) -> None:
-    """Look at the clips; those that cannot be decoded are left out."""
-    looks, reasons = look_at(
-        [clip for _, clip in survey.clips],
-        workers=survey.workers,
-        index=StatIndex(store.root / LOOKS_FILE),
-        progress=progress,
-    )
-    lost = {(name, clip.media.path): reasons[view] for name, clip in survey.clips if (view := view_of(clip)) in reasons}
-    survey.skipped += [(name, Skipped(path, reason, bad=True)) for (name, path), reason in lost.items()]
-    survey.clips = [(name, clip) for name, clip in survey.clips if view_of(clip) not in reasons]
-    count = survey.outline.count_caption_tokens
-    datasets = survey.datasets()
-    survey.measured = [
-        Measured(
-            name,
-            clip,
-            looks[view_of(clip)],
-            tuple(map(count, clip.media.captions)) if count else (),
-            datasets[name][clip.group].trigger_word,
-        )
-        for name, clip in survey.clips
-    ]
-    survey.findings = findings(survey.measured, survey.outline.max_caption_tokens)
-
-
-def decoded(survey: Survey) -> dict[tuple, Bucket]:
-    """Bucket of each clip that encoders will see, equal ones once."""
-    return {
-        (clip.media.content_hash, turn.start, turn.fps, turn.source_fps, turn.fill, turn.bucket): turn.bucket
-        for _, clip in survey.clips
-        for turn in clip.each_turn()
-    }
-
-
-def cache_size(survey: Survey) -> dict[str, tuple[int, int]]:
-    """Distinct entries and bytes of their tensors, by kind of encoder; empty where the family tells no sizes."""
-    sizes = survey.outline.cache_bytes
-    if sizes is None:
-        return {}
-    counts: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for bucket in decoded(survey).values():
-        for kind, size in sizes(*bucket).items():
-            counts[kind] += 1
-            total[kind] += size
-    captions = {"", *(caption for _, clip in survey.clips for caption in clip.media.captions)}
-    factor = 1 if survey.outline.count_caption_tokens else TOKENS_A_WORD
-    most = survey.outline.max_caption_tokens or 2**30
-    tokens = sum(min(most, max(1, round(factor * survey.caption_length(caption)))) for caption in captions)
-    counts["text"], total["text"] = len(captions), tokens * survey.outline.caption_token_bytes
-    return {kind: (counts[kind], total[kind]) for kind in counts}
+def make_room(page: Path) -> None:
+    """The folder of the page, before the looking, which takes long. Raises `ValueError` where it cannot be."""
+    if page.is_dir():
+        raise ValueError(f"--html {page} is a folder; name the file to write, {page / 'plan.html'}")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--html {page}: its folder cannot be made ({error.strerror}); name another") from error
 
 
 def write_lists(survey: Survey) -> None:
@@ -251,26 +113,9 @@ def conclude(console: Console, survey: Survey) -> None:
     if survey.findings:
         rows = [(Path(finding.path).name, finding.kind, finding.text) for finding in survey.findings]
         show.show(console, show.warning_table(rows, full_list=str(survey.folder / "warnings.jsonl")))
-    else:
+    elif survey.clips:
         seen = "no clip is black, frozen, letterboxed, cut within, much enlarged or there twice"
         show.show(console, f"no warnings: {seen}")
-
-
-def refusals(survey: Survey) -> list[str]:
-    """Why the start would stop, or leave clips unused."""
-    told = []
-    if bad := sum(item.bad for _, item in survey.skipped):
-        end = "go on without" if survey.config.skip_bad_media else "stop at"
-        told.append(f"the start will {end} {show.counted(bad, 'file')} that cannot be read")
-    if survey.plan is None:
-        told.append("nothing is left to train on")
-    elif not survey.steps:
-        mend = "lower gradient_accumulation_steps or micro_batch_size_per_gpu, or raise epochs"
-        told.append(f"no bucket fills a single batch in this run; {mend}")
-    else:
-        unused = survey.plan.never_used(survey.config.epochs)
-        told += [f"bucket {bucket} does not fill one batch in this run, its clips are never used" for bucket in unused]
-    return told
 
 
 def cache_lines(survey: Survey) -> list[str]:

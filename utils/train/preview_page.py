@@ -10,7 +10,7 @@ from utils.data.workers import Progress
 from utils.monitor import console as show
 from utils.monitor.report import Card, Histogram, LeftOut, Picture, Report
 from utils.train import tell
-from utils.train.preview import TRAIN, Survey, cache_size, refusals
+from utils.train.survey import TRAIN, Survey, cache_size, refusals
 
 # most clips -> longer side of a frame, px. A frame of 128 px takes 3 to 5 KB as the page has it.
 SIDES_PX = ((200, 208), (600, 160), (1200, 128), (2000, 112))

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import secrets
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,9 @@ def watch(job: Job) -> Watchdog:
     """From here on no rank waits for ever: for one that is stuck, or for one that has ended. Every rank calls this."""
     folder = job.run_dir
     if folder is None:  # --cache_only, where other starts may use the cache too
-        folder = Path(dist.text_from_main(str(job.config.cache_dir / f"cache_only-{os.getpid()}")))
+        # process ids repeat: starts in containers, each with a namespace of its own, all have the same few
+        name = f"cache_only-{os.getpid()}-{secrets.token_hex(4)}"
+        folder = Path(dist.text_from_main(str(job.config.cache_dir / name)))
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         prepare_folder(folder)

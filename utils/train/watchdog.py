@@ -22,7 +22,7 @@ from typing import IO
 
 from utils.data.liveness import machine
 from utils.train import beats
-from utils.train.activity import Activity
+from utils.train.activity import LONG, Activity
 from utils.train.faults import Fault, clear_faults, read_faults, write_fault
 from utils.train.run_folder import TIME_FORMAT
 
@@ -63,7 +63,9 @@ class Watchdog:
         self._peers: dict[int, beats.Beat] = {}  # of this host, as last read
         self._tick_s = min(TICK_S, stall_timeout_s / 10) if stall_timeout_s else TICK_S
         self._stop = threading.Event()
+        self._told_every_s = max(self._tick_s, stall_timeout_s / BEATS)
         self._last_told = -float("inf")
+        self._suspected: float | None = None  # since when this looks like a stall
         self._fault_seen: float | None = None
         self._log: IO[str] = log_file.open("a") if log_file else sys.__stderr__  # type: ignore[assignment]
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -83,8 +85,9 @@ class Watchdog:
             self._log.close()
         with suppress(OSError):
             (self._alive / f"rank_{self.rank}.json").unlink(missing_ok=True)
-            self._alive.rmdir()  # by the last one
-            self.run_dir.rmdir()  # where it was made for the watch alone; a run's is never empty
+        for folder in (self._alive, self.run_dir):  # by the last one; a run's is never empty
+            with suppress(OSError):
+                folder.rmdir()
 
     def hush(self) -> None:
         """This rank ends and says so itself; the thread must not end it meanwhile, unless it cannot."""
@@ -144,23 +147,37 @@ class Watchdog:
                 # the whole process was held up (Ctrl-Z, C code): nothing could move, which says nothing
                 self.activity.held_up_until = now
             if self._timeout_s:
-                self._arm(self._timeout_s * self.activity.doing.patience + LAST_RESORT_S)
-            self._tell()
-            if self._follow():
-                continue
-            if self._timeout_s and (self._marker.exists() or self._silence_s() > 0):
-                self._end_stalled()
+                # with the longest patience: what is being done may change before this thread runs again
+                self._arm(self._timeout_s * LONG + LAST_RESORT_S)
+            with suppress(OSError):  # a disk that hesitates says nothing, and this thread must not end by it
+                self._look()
+
+    def _look(self) -> None:
+        self._tell()
+        if not self._follow() and self._timeout_s and (self._is_stalled() or self._marker.exists()):
+            self._end_stalled()
+
+    def _is_stalled(self) -> bool:
+        """Whether silence was seen, and again once all who live have told anew: a single look is misled by a clock that
+        jumps, by a process that is stopped in the middle of it, and by a disk that shows old files."""
+        if self._silence_s() <= 0:
+            self._suspected = None
+            return False
+        now = time.monotonic()
+        self._suspected = now if self._suspected is None else self._suspected
+        return now - self._suspected >= self._told_every_s + 2 * self._tick_s
 
     def _tell(self) -> None:
         if self.world == 1:
             return
         now = time.monotonic()
-        every_s = max(self._tick_s, self._timeout_s / BEATS)
-        if now - self._last_told >= every_s:
+        if now - self._last_told >= self._told_every_s:
             self._last_told = now
             with suppress(OSError):  # on a full disk nothing is taken for a stall
                 self._alive.mkdir(exist_ok=True)
                 beats.write_beat(self._alive, beats.beat_of(self.rank, self._host, self.activity, now))
+                if self._stop.is_set():  # `stop` waited for this write in vain: a beat left behind would be missed
+                    (self._alive / f"rank_{self.rank}.json").unlink(missing_ok=True)
 
     def _follow(self) -> bool:
         """Whether another rank has ended; end too, if this one does not by itself."""
