@@ -1,5 +1,6 @@
 """What the watchdog takes for the end of a run, and what it leaves alone; two ranks of it in one process."""
 
+import logging
 import os
 import resource
 import signal
@@ -162,7 +163,8 @@ def test_a_stuck_rank_follows_one_that_ended(tmp_path, monkeypatch, caplog):
         dogs[1].stop()
         assert ended([dogs[0], dogs[2]], 20) == [FAILED, FAILED]
     # the other rank says it too, for the file alone
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == ["rank 1 ended first, in step 3: too bad"]
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert said == ["rank 1 ended first, in step 3: too bad"]
 
 
 def test_a_rank_that_left_by_itself_is_not_missed(tmp_path):
