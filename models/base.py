@@ -22,6 +22,10 @@ class MediaSpec(NamedTuple):
     frame_stride: int  # a clip has frame_stride * k + 1 frames
     images: bool  # whether a clip of one frame can be trained on
 
+    def nearest_side(self, length: float) -> int:
+        """The side, px, that a clip gets where `length` was asked for."""
+        return max(1, round(length / self.pixel_multiple)) * self.pixel_multiple
+
 
 class Outline(NamedTuple):
     """What can be told of a model before its weights are there: enough to count clips, steps and bytes.

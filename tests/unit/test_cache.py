@@ -1,9 +1,11 @@
 """The cache store: keys, whole writes, damage, and fingerprints of weight files."""
 
+import os
+
 import pytest
 import torch
 
-from utils.data.cache import CacheDamaged, CacheStore, FingerprintIndex
+from utils.data.cache import CacheDamaged, CacheStore, FingerprintIndex, write_lines
 
 
 @pytest.fixture
@@ -105,3 +107,8 @@ def test_fingerprints_follow_content_and_not_names(tmp_path):
     assert changed != first
     (tokenizer / "a.json").write_text("{ }")
     assert resolve(tmp_path / "renamed.pth", tokenizer) != changed
+
+
+def test_lines_hold_file_names_that_are_no_text(tmp_path):
+    write_lines(tmp_path / "rows.jsonl", [{"path": os.fsdecode(b"caf\xe9.mp4")}, {"path": "café.mp4"}])
+    assert (tmp_path / "rows.jsonl").read_text("utf-8") == '{"path": "caf\\udce9.mp4"}\n{"path": "café.mp4"}\n'

@@ -18,16 +18,14 @@ def size_advice(folder: DirectoryConfig, spec: "MediaSpec") -> Iterator[tuple[st
     """
     if folder.size_buckets or folder.enable_ar_bucket:
         return
-    multiple = spec.pixel_multiple
     for asked in folder.resolutions:
         width, height = (asked, asked) if isinstance(asked, int) else asked
-        # as utils.data.buckets rounds them; tests hold the two together
-        new_width, new_height = (max(1, round(side / multiple)) * multiple for side in (width, height))
+        new_width, new_height = spec.nearest_side(width), spec.nearest_side(height)
         changes = new_width / width, new_height / height, (new_width / new_height) / (width / height)
         if any(abs(change - 1) > FAR for change in changes):
             shown = asked if isinstance(asked, int) else [*asked]
             yield (
                 "resolutions",
                 f" has {shown}, and clips will be of {new_width}x{new_height} px: sides of this model are multiples of "
-                f"{multiple}; write sizes that are, to choose them yourself",
+                f"{spec.pixel_multiple}; write sizes that are, to choose them yourself",
             )

@@ -123,21 +123,21 @@ def bucket_table(settings: BucketSettings, spec: MediaSpec, any_length: bool = F
         _require_frames("frame_buckets", count, spec)
     if not any_length:
         _require_trainable("frame_buckets", frames, spec)
-    return BucketTable(spec, _areas(settings, spec.pixel_multiple), frames, ())
+    return BucketTable(spec, _areas(settings, spec), frames, ())
 
 
-def _areas(settings: BucketSettings, multiple: int) -> tuple[tuple[float, tuple[Size, ...]], ...]:
+def _areas(settings: BucketSettings, spec: MediaSpec) -> tuple[tuple[float, tuple[Size, ...]], ...]:
     if not settings.resolutions:
         raise ValueError("resolutions is not set; give areas such as [512], or size_buckets")
     if not settings.enable_ar_bucket:
         # diffusion-pipe makes a square of a pair's area here (its issue 451); who names a shape gets it
         pairs = [(side, side) if isinstance(side, int) else side for side in settings.resolutions]
-        sizes = [(_snap(width, multiple), _snap(height, multiple)) for width, height in pairs]
+        sizes = [(spec.nearest_side(width), spec.nearest_side(height)) for width, height in pairs]
         return ((1.0, _unique(sorted(sizes, key=math.prod))),)
     # As in diffusion-pipe, a pair stands for its area alone; the shape comes from the aspect ratios.
     sides = [side if isinstance(side, int) else math.sqrt(side[0] * side[1]) for side in settings.resolutions]
     ratios = _ratios(settings)
-    return tuple((ratio, _unique([_size(side, ratio, multiple) for side in sorted(sides)])) for ratio in ratios)
+    return tuple((ratio, _unique([_size(side, ratio, spec) for side in sorted(sides)])) for ratio in ratios)
 
 
 def _ratios(settings: BucketSettings) -> list[float]:
@@ -152,13 +152,9 @@ def _ratios(settings: BucketSettings) -> list[float]:
     return sorted({round(ratio, _RATIO_DIGITS) for ratio in ratios})
 
 
-def _size(side: float, ratio: float, multiple: int) -> Size:
+def _size(side: float, ratio: float, spec: MediaSpec) -> Size:
     width = side * math.sqrt(ratio)
-    return _snap(width, multiple), _snap(side * side / width, multiple)
-
-
-def _snap(length: float, multiple: int) -> int:
-    return max(1, round(length / multiple)) * multiple
+    return spec.nearest_side(width), spec.nearest_side(side * side / width)
 
 
 def _unique(sizes: Sequence[Size]) -> tuple[Size, ...]:
@@ -169,7 +165,7 @@ def _unique(sizes: Sequence[Size]) -> tuple[Size, ...]:
 def _require_fit(key: str, bucket: Bucket, spec: MediaSpec) -> None:
     multiple = spec.pixel_multiple
     if min(bucket) < 1 or bucket.width % multiple or bucket.height % multiple:
-        nearest = [_snap(bucket.width, multiple), _snap(bucket.height, multiple), bucket.frames]
+        nearest = [spec.nearest_side(bucket.width), spec.nearest_side(bucket.height), bucket.frames]
         raise ValueError(f"{key}: {list(bucket)} has a side that is no multiple of {multiple}; nearest: {nearest}")
     _require_frames(key, bucket.frames, spec)
 

@@ -179,7 +179,7 @@ def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.de
         offload=settings.offload_checkpoints,
         dropout_seed=settings.seed if has_dropout else None,
     )
-    weights = FusedWeights(family.open_weights(), load_fusions(family, settings.fuse))
+    weights = fused_weights(family, settings)
     start = starting_adapter(family, settings.adapter, weights)
     fill = parameter_filler(skeleton, weights, start, settings.seed, device)
     module = StagedModule(layers, bounds, skeleton, fill, runner, family.loss)
@@ -201,7 +201,12 @@ def base_of(family: ModelFamily, settings: EngineSettings) -> Callable[[], Weigh
     them."""
     if settings.adapter is None or settings.adapter.kind != "dora" or not settings.fuse:
         return None
-    return lambda: FusedWeights(family.open_weights(), load_fusions(family, settings.fuse))
+    return lambda: fused_weights(family, settings)
+
+
+def fused_weights(family: ModelFamily, settings: EngineSettings) -> FusedWeights:
+    """What is trained on: the checkpoint, with `fuse_adapters` added."""
+    return FusedWeights(family.open_weights(), load_fusions(family, settings.fuse))
 
 
 def starting_adapter(

@@ -1,6 +1,5 @@
 """Datasets to manifests and a filled cache, agreed on by all ranks."""
 
-import json
 import logging
 import math
 import os
@@ -14,7 +13,7 @@ from typing import NamedTuple
 from models.base import Encoder, ModelFamily
 from utils import dist
 from utils.config.load import LoadedConfig
-from utils.data.cache import CacheStore
+from utils.data.cache import CacheStore, write_lines
 from utils.data.crew import JOBS_FOLDER, Crew, sweep
 from utils.data.decode_pool import decoded_bytes
 from utils.data.listing import Skipped
@@ -103,7 +102,7 @@ def prepare(
         shutil.rmtree(folder, ignore_errors=True)
         sweep(store.root)
         if run_dir:
-            write_skipped(run_dir / "skipped.jsonl", manifests)
+            write_skipped(run_dir / "skipped.jsonl", skipped(manifests))
     return Prepared(store, manifests, report)
 
 
@@ -213,7 +212,6 @@ def skipped(manifests: Mapping[str, Manifest]) -> list[tuple[str, Skipped]]:
     return [(name or "train", item) for name, manifest in manifests.items() for item in manifest.skipped]
 
 
-def write_skipped(path: Path, manifests: Mapping[str, Manifest]) -> None:
-    """One JSON object a file that is left out."""
-    rows = [{"dataset": name, "path": str(item.path), "reason": item.reason} for name, item in skipped(manifests)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def write_skipped(path: Path, rows: Iterable[tuple[str, Skipped]]) -> None:
+    """One JSON object a file that is left out, with its dataset."""
+    write_lines(path, ({"dataset": name, "path": str(item.path), "reason": item.reason} for name, item in rows))

@@ -1,23 +1,22 @@
 """`--plan`: what a run would come to, told before anything is encoded; needs no GPU and no weights."""
 
 import argparse
-import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
 from utils import dist
 from utils.config.rules import advice
-from utils.data.cache import write_whole
+from utils.data.cache import write_lines, write_whole
 from utils.data.pace import pixels_of, read_pace
 from utils.monitor import console as show
 from utils.monitor.logs import quiet_libraries, setup_logging, terminal
 from utils.monitor.progress import CacheProgress
 from utils.train import tell
+from utils.train.prepare import write_skipped
 from utils.train.survey import Survey, begin, cache_size, decoded, explore, refusals
 
 
@@ -62,13 +61,8 @@ def make_room(page: Path) -> None:
 
 def write_lists(survey: Survey) -> None:
     """`skipped.jsonl` and `warnings.jsonl`."""
-    skipped = [{"dataset": name, "path": str(item.path), "reason": item.reason} for name, item in survey.skipped]
-    write_whole(survey.folder / "skipped.jsonl", _lines(skipped))
-    write_whole(survey.folder / "warnings.jsonl", _lines(finding._asdict() for finding in survey.findings))
-
-
-def _lines(rows: Iterable[dict]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+    write_skipped(survey.folder / "skipped.jsonl", survey.skipped)
+    write_lines(survey.folder / "warnings.jsonl", (finding._asdict() for finding in survey.findings))
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------
