@@ -20,6 +20,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache_only", action="store_true", help="encode the datasets and stop")
     parser.add_argument("--plan", action="store_true", help="count, look at the clips, tell and stop; needs no weights")
+    parser.add_argument("--preflight", action="store_true", help="check everything, try steps on made-up clips, stop")
     parser.add_argument("--html", type=Path, metavar="FILE", help="with --plan: a contact sheet of all clips")
     parser.add_argument("--regenerate_cache", action="store_true", help="encode again what is in the cache already")
     parser.add_argument("--trust_cache", action="store_true", help="accepted; the cache only ever reads what changed")
@@ -30,6 +31,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, e.g. --set optimizer.lr=1e-4"
     )
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="run a step that was kept in <run>/nonfinite/")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
@@ -45,25 +47,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write("Reelpipe: loading libraries\n")
         sys.stdout.flush()
     # imported here: --help must not wait for torch
+    from utils import dist
     from utils.train.assemble import build_run
     from utils.train.errors import reported
     from utils.train.loop import train
+    from utils.train.preflight import preflight, require
     from utils.train.preview import preview
+    from utils.train.rehearsal import rehearse
+    from utils.train.replay import replay
     from utils.train.setup import join, prepare_data, read_config, watch
+    from utils.train.stopping import before_training, exit_status
     from utils.train.tell import goodbye
 
     with reported() as outcome:
         if flags.plan:
-            preview(flags)
-            return 0
+            return preview(flags)
         job = read_config(flags)
         join(job)
         outcome.watch(watch(job), job.loaded)
-        data = prepare_data(job)
-        if not flags.cache_only:
-            run = build_run(job, data)
+        if flags.replay:
+            replay(job)
+            return 0
+        if flags.preflight:
+            outcome.status = rehearse(job)
+            return outcome.status
+        require(preflight(job))
+        with before_training(job.config.max_runtime_minutes):
+            data = prepare_data(job)
+            run = None if flags.cache_only else build_run(job, data)
+        if run is not None:
             finished = train(run)
             goodbye(job.console, job.config, run, finished)
+            outcome.status = exit_status(run.asked, job.config.requeue_exit_code, finished)
+            dist.barrier()  # launchers end all ranks as soon as one has left with another status than 0
     return outcome.status
 
 

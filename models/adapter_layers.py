@@ -1,7 +1,8 @@
 """Adapters on a skeleton: peft's layers for each kind, put in on meta and given their first values."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,20 @@ def initial_value(skeleton: nn.Module, name: str, shape: Sequence[int], seed: in
         assert isinstance(module, DoraLinear)
         return row_norms(full_weight(module.get_base_layer()))
     return first_value(name, shape, seed)
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """The model as it was before `add_adapter`, whatever the adapters have learned or started from. Not for passes
+    that make a graph: adapters' parameters require no gradients inside."""
+    adapted = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    try:
+        for layer in adapted:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in adapted:
+            layer.enable_adapters(True)
 
 
 def full_weight(linear: nn.Module) -> Tensor:
@@ -136,8 +151,10 @@ class LoKrLinear(PeftLoKrLinear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert not self.merged and not self.disable_adapters, "we never merge, and always train"
+        assert not self.merged, "we never merge"
         result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
         first, second = (self._factors(name) for name in ("lokr_w1", "lokr_w2"))
         whole = first[0] if len(first) == 1 else first[0] @ first[1]
         return result + kronecker_linear(x, whole * self.scaling[ADAPTER], second).to(result.dtype)

@@ -21,6 +21,7 @@ class MediaSpec(NamedTuple):
     pixel_multiple: int  # both sides of a bucket are multiples of this, px
     frame_stride: int  # a clip has frame_stride * k + 1 frames
     images: bool  # whether a clip of one frame can be trained on
+    latent_stride: int = 8  # px, both ways, that one cell of the latents stands for
 
     def nearest_side(self, length: float) -> int:
         """The side, px, that a clip gets where `length` was asked for."""
@@ -59,17 +60,27 @@ class ClipEnds(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass: tensors for the first stage and tensors for the last. No None, B first in every tensor."""
+    """One forward pass: tensors for the first stage and tensors for the last. No None, B first in every tensor.
+
+    `target[0]` is what the prediction is held against and has its shape: of samples that hold an adapter to what the
+    model knew without it, its rows are replaced by the model's own prediction. Whatever else a loss needs, such as
+    weights of its elements, comes after it and stays.
+    """
 
     inputs: tuple[Tensor, ...]
     target: tuple[Tensor, ...]
+    weights: Tensor = torch.ones(1)  # [B] float32, or [1]: what each sample's loss counts. Never set by a family
+
+
+class NotFiniteError(ValueError):
+    """What an encoder made of an item holds NaN or infinity; says which setting would help."""
 
 
 class Encoder(ABC):
     """A frozen network that runs once a sample, while caching. Made cheap; `load` brings the weights."""
 
     kind: ClassVar[str]  # the cache folder: "latents", "text", "condition", "image"; no two encoders share one
-    reads: ClassVar[Literal["pixels", "ends", "caption"]]
+    reads: ClassVar[Literal["pixels", "ends", "caption", "mask"]]
 
     @abstractmethod
     def fingerprint(self) -> Mapping[str, Any]:
@@ -87,9 +98,12 @@ class Encoder(ABC):
     def encode(self, items: Sequence[Any]) -> list[dict[str, Tensor]]:
         """One dict of CPU tensors an item; a sample is the merged dicts of all encoders, so their keys differ.
 
+        `NotFiniteError` where an item comes out with NaN or infinity: it alone is left out then.
+
         `reads == "pixels"`: items are uint8 arrays or tensors [F, h, w, 3] of one shape.
         `reads == "ends"`: items are `ClipEnds` of one shape and length.
         `reads == "caption"`: items are strings.
+        `reads == "mask"`: items are uint8 arrays [T, H, W] on the grid of the latents. No family has such an encoder.
         """
 
     @abstractmethod
@@ -149,9 +163,19 @@ class ModelFamily(ABC):
     def encoders(self) -> Sequence[Encoder]:
         """In the order they should run; never two loaded at once."""
 
+    def blank_sample(self, width: int, height: int, frames: int) -> dict[str, Tensor] | None:
+        """A merged cache entry of made-up numbers, of the shapes and dtypes that a clip of that bucket (px, frames) has
+        with the longest caption; None where that is not known without a clip."""
+        return None
+
     @abstractmethod
     def micro_batch(self, samples: Sequence[Mapping[str, Tensor]], draws: Sequence[Draw]) -> MicroBatch:
         """`samples` are merged cache entries of one bucket (CPU tensors), `draws` one a sample."""
+
+    def timesteps(self, batch: MicroBatch) -> list[float]:
+        """t of each sample of `micro_batch`, for messages. Here the second input is taken for it, [B] or, where parts
+        of a sample have their own, [B, ...], of which the largest counts."""
+        return batch.inputs[1].flatten(1).amax(1).tolist() if batch.inputs[1].ndim > 1 else batch.inputs[1].tolist()
 
     @abstractmethod
     def build_skeleton(self) -> nn.Module:

@@ -103,13 +103,19 @@ def noisy_and_target(latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor,
 
 
 def flow_loss(
-    prediction: Tensor, target: Tensor, pseudo_huber_c: float | None = None, weight: Tensor | None = None
+    prediction: Tensor,
+    target: Tensor,
+    pseudo_huber_c: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Squared error, or pseudo-Huber sqrt(d^2 + c^2) - c (Song & Dhariwal 2023, arXiv 2310.14189), in float32.
 
     Args:
         weight: how much each element counts, to be broadcast to the target, such as [B, 1, T, 1, 1]; all alike unless
             given. A sample's weights must not all be 0.
+        mask: what is left of each element's error, likewise to be broadcast. In contrast to weights it makes the loss
+            of a sample smaller: what is masked out counts as if it were right.
 
     Returns:
         The weighted mean over all but the batch axis, [B].
@@ -119,6 +125,8 @@ def flow_loss(
         error = difference.square()
     else:
         error = torch.sqrt(difference.square() + pseudo_huber_c**2) - pseudo_huber_c
+    if mask is not None:
+        error = error * mask
     if weight is None:
         return error.flatten(1).mean(dim=1)
     # elements that share a weight are equally many, so the mean of the small tensor is that of the broadcast one

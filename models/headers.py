@@ -12,6 +12,7 @@ from torch import Tensor
 
 HEADER_LENGTH_BYTES = 8  # a safetensors file opens with the header's length as a little-endian u64
 HEADER_LIMIT_BYTES = 100_000_000  # the limit of the safetensors library: beyond it, this is no safetensors file
+MOST_HEADER_BYTES = 10_000_000  # 14B: 130 kB; parsed, JSON takes up to 40 times its size of memory
 MAX_DIMS = 64  # of a torch tensor
 MAX_NAME = 1000  # characters; names of modules nest a dozen deep
 
@@ -95,6 +96,8 @@ def open_header(file: Path) -> Header:
         length = int.from_bytes(stream.read(HEADER_LENGTH_BYTES), "little")
         if not 0 < length <= min(size - HEADER_LENGTH_BYTES, HEADER_LIMIT_BYTES):
             raise ValueError(f"{file}: truncated, or no safetensors file ({size} bytes)")
+        if length > MOST_HEADER_BYTES:
+            raise ValueError(f"{file}: its header of {length:,} bytes is too large for weights; download it again")
         try:
             # a name that stands twice would let one tensor hide another
             header: Any = json.loads(stream.read(length), object_pairs_hook=_unique)

@@ -14,6 +14,7 @@ from torch import Tensor
 from models import quantised
 from models.headers import ForeignFileError, Header, TensorInfo, load_pth, open_header
 from models.headers import read_header as read_header
+from models.json_files import MAX_INDEX_BYTES, read_table, shard_names
 
 INDEX_SUFFIX = ".index.json"
 SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
@@ -75,7 +76,7 @@ def weight_files(path: Path, stem: str) -> list[Path]:
     if path.is_file():
         return [path]
     for index in sorted(path.glob(f"{stem}*{INDEX_SUFFIX}")):
-        return [path / name for name in sorted(set(_read_index(index).values()))]
+        return [path / name for name in sorted(_read_index(index))]
     found = sorted(path.glob(f"{stem}*.safetensors"))
     if found and (shard := SHARD_NAME.fullmatch(found[0].name)):
         total = int(shard["total"])
@@ -83,25 +84,41 @@ def weight_files(path: Path, stem: str) -> list[Path]:
     return found
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as a shard index has it."""
+def _read_index(index: Path) -> set[str]:
+    """The names of all shards."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        return shard_names(read_table(index, MAX_INDEX_BYTES))
+    except ValueError as error:
         raise ValueError(f"{index}: not a readable shard index ({error}); download it again") from error
-    return dict(weight_map)
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """`save_file` with the rights that a new file has here: the library makes files that only their owner can read,
-    and ComfyUI often runs as somebody else. Raises `OSError` where it cannot be written."""
+    and ComfyUI often runs as somebody else. Equal content makes equal files. Raises `OSError` where it cannot be
+    written."""
     file.touch()
     rights = file.stat().st_mode
     try:
         save_file(dict(tensors), file, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:  # the library's word for a full disk too
         raise OSError(f"{file}: {error}") from error
+    _sort_metadata(file)
     file.chmod(rights)
+
+
+def _sort_metadata(file: Path) -> None:
+    """The library writes metadata in an order that differs from process to process; the same bytes, sorted."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        told = header.pop("__metadata__", None)
+        if told is None:
+            return
+        whole = {"__metadata__": dict(sorted(told.items())), **header}
+        text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # spaces after it are what the library itself aligns with
+            opened.seek(8)
+            opened.write(text.ljust(length))
 
 
 class WeightReader:

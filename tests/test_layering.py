@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # each may import what stands before it, and itself
 ORDER = [
     "utils/version.py",
+    "utils/doctor.py",
     "utils/dist.py",
     "utils/monitor",
     "models",

@@ -86,6 +86,15 @@ def agree_on_max(value: int) -> int:
     return int(shared.item())
 
 
+def join_flags(value: int) -> int:
+    """The bits that any rank has set, on every rank."""
+    if not dist.is_initialized():
+        return value
+    shared = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(shared, op=dist.ReduceOp.BOR, group=_host_group())
+    return int(shared.item())
+
+
 def from_main(value: int) -> int:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

@@ -1,6 +1,7 @@
 """Adapters from files of any spelling, strictly: what belongs to no module or fits none is an error with a guess."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from models.adapters import LOKR_W2, MAGNITUDE, delta_shape, fold_scale, rank_of
+from models.json_files import as_table, read_table
 from models.wan.adapter_files import (
     DIFFUSERS_METADATA,
     PEFT_CONFIG,
@@ -25,6 +27,7 @@ from models.weights import read_header
 EXPERT_SUFFIXES = ("_high_noise", "_low_noise")
 OF_THE_WHOLE_FILE = ("lokr_factor",)  # musubi-tuner's note of how it cut the matrices, which their shapes tell
 NAMES_SHOWN = 3  # in messages
+MAX_PATTERN, MAX_REPETITIONS = 2000, 3  # of peft's patterns, which are names or `blocks.\d+.attn1`
 
 
 class LinearShape(NamedTuple):
@@ -197,13 +200,35 @@ def _peft_settings(file: Path, keys: list[str], metadata: Mapping[str, str]) -> 
     """peft's settings from where diffusers and peft itself keep them; empty where there are none."""
     try:
         if told := metadata.get(DIFFUSERS_METADATA):
-            return {key.removeprefix("transformer."): value for key, value in json.loads(told).items()}
+            of_all = as_table(json.loads(told))
+            return _checked_settings({key.removeprefix("transformer."): value for key, value in of_all.items()})
         beside = file.with_name(f"{PEFT_CONFIG}.json")
         if all(key.startswith(PEFT_PREFIX) for key in keys) and beside.is_file():
-            return dict(json.loads(beside.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{file}: the adapter's settings are no valid JSON ({error})") from error
+            return _checked_settings(read_table(beside))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: the adapter's settings cannot be read ({error})") from error
     return {}
+
+
+def _checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings`, with an alpha and patterns that can be used; else a `ValueError`.
+
+    A pattern that repeats a repetition could take for ever on a name that it does not match.
+    """
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError("alpha_pattern is no table")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError):
+            raise ValueError(f"alpha_pattern has {pattern[:80]!r}, which is no regular expression") from None
+        if len(pattern) > MAX_PATTERN or len(re.findall(r"[*+?{]", pattern)) > MAX_REPETITIONS:
+            raise ValueError(f"alpha_pattern has {pattern[:80]!r}, which is not a name of modules")
+    for alpha in (settings.get("lora_alpha", 1), *patterns.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"{str(alpha)[:40]!r} is no alpha")
+    return settings
 
 
 def _scale(

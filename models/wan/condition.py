@@ -49,7 +49,7 @@ class WanConditionEncoder(Encoder):
         Items are clips of F = 4k + 1 frames with sides that are multiples of 8.
 
         Raises:
-            ValueError: the network returned infinities or NaN, which half precision can do.
+            NotFiniteError: the network returned infinities or NaN, which half precision can do.
         """
         num_frames = items[0].frames
         assert num_frames > 1 and num_frames % TIME_STRIDE == 1, f"{num_frames} frames are not 4k + 1, or an image"

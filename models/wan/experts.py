@@ -1,11 +1,11 @@
 """Which expert of Wan2.2 A14B is trained, over which timesteps, and how two experts take turns."""
 
-import json
 import math
 from fractions import Fraction
 from typing import get_args
 
 from models import flow_match
+from models.json_files import read_table
 from models.wan.config import WanModelConfig
 from models.wan.layouts import EXPERT_FOLDERS, Expert, TransformerFiles, expert_folders
 from models.wan.variants import T2V_A14B, Architecture, Variant
@@ -76,8 +76,8 @@ def _told_boundary(transformer: TransformerFiles) -> float | None:
     if transformer.pipeline is None:
         return None
     try:
-        told = json.loads(transformer.pipeline.read_text(encoding="utf-8")).get("boundary_ratio")
-    except (ValueError, AttributeError) as error:
+        told = read_table(transformer.pipeline).get("boundary_ratio")
+    except ValueError as error:
         raise ValueError(f"{transformer.pipeline} is not valid JSON ({error}); download it again") from error
     if told is None:
         return None

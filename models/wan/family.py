@@ -10,7 +10,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 
-from models import flow_match
+from models import flow_match, masks
 from models.adapters import by_module, kind_of
 from models.base import Draw, Encoder, MediaSpec, Merge, MicroBatch, ModelFamily, Outline, WeightSource
 from models.targets import without_excluded
@@ -147,28 +147,44 @@ class WanFamily(ModelFamily):
         share = self._high_noise_share
         return {NAMES["high"]: float(share), NAMES["low"]: float(1 - share)}
 
+    def blank_sample(self, width: int, height: int, frames: int) -> dict[str, Tensor]:
+        media, variant = self.media_spec(), self._variant
+        cells = (frames - 1) // media.frame_stride + 1, height // media.latent_stride, width // media.latent_stride
+        shapes = {
+            "latents": (self._sizes.out_dim, *cells),
+            "text": (self._config.text_max_length, self._sizes.text_dim),
+            **({"condition": (self._sizes.out_dim, *cells)} if variant.frames_given != "none" else {}),
+            **({"image": (variant.image_states, self._sizes.image_dim)} if variant.image_states else {}),
+        }
+        return {name: flow_match.seeded_noise(shape, number) for number, (name, shape) in enumerate(shapes.items())}
+
     def micro_batch(self, samples: Sequence[Mapping[str, Tensor]], draws: Sequence[Draw]) -> MicroBatch:
         """`samples` have `latents` [C, T, H, W] and `text` [S, text dim] at its true length; where the variant is given
-        frames, `condition` [C, T, H, W], and where it takes image states, `image` [I, image dim].
+        frames, `condition` [C, T, H, W], and where it takes image states, `image` [I, image dim]. Some may have a
+        `mask`, see `models.masks`.
 
         Returns:
             inputs (x_t [B, C or 36, T, H, W] float32, t [B] float32, text [B, S, text dim], see `_padded`[, image]);
             target (v [B, C, T, H, W],). Where TI2V-5B trains a sample as image to video (`draw.choice` below
-            `i2v_fraction`) t is [B, T], 0 on that sample's first frame, and target (v, weight [B, 1, T, 1, 1]).
+            `i2v_fraction`) t is [B, T], 0 on that sample's first frame, and target (v, weight [B, 1, T, 1, 1]). Where
+            a sample has a mask, target is (v, weight, mask [B, 1, T, H, W]), with a weight of 1 if there is none.
         """
         latents = _stacked(samples, "latents").float()
         noise = torch.stack([flow_match.seeded_noise(tuple(latents.shape[1:]), draw.seed) for draw in draws])
         t = self._timesteps([draw.quantile for draw in draws], latents)
         weight: list[Tensor] = []
+        mask = masks.loss_mask(samples, *latents.shape[2:])
         clean = torch.tensor([self._is_image_to_video(draw, latents.shape[2]) for draw in draws])
         if clean.any():
             t, *weight = conditioning.with_clean_first_frame(t, clean, latents.shape[2])
+        elif mask:
+            weight = [torch.ones(len(t), 1, 1, 1, 1)]
         x_t, v = flow_match.noisy_and_target(latents, noise, t)
         if self._variant.frames_given != "none":
             x_t = conditioning.with_condition(x_t, _stacked(samples, "condition"), self._variant.frames_given)
         text = _padded([sample["text"] for sample in samples])
         image = (_stacked(samples, "image"),) if self._variant.image_states else ()
-        return MicroBatch((x_t, t, text, *image), (v, *weight))
+        return MicroBatch((x_t, t, text, *image), (v, *weight, *mask))
 
     def _is_image_to_video(self, draw: Draw, frames: int) -> bool:
         """Whether a sample of TI2V-5B is given its first latent frame; an image, being one, has nothing else."""
@@ -226,9 +242,9 @@ class WanFamily(ModelFamily):
         return without_excluded(targets, exclude, {name: TRANSFORMER.from_skeleton(name) or "" for name in targets})
 
     def loss(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
-        """`target` is (v,) or (v, weight), see `micro_batch`; a mean is over what has a weight."""
-        velocity, *weight = target
-        return flow_match.flow_loss(prediction, velocity, self._pseudo_huber_c, *weight)
+        """`target` is (v,), (v, weight) or (v, weight, mask), see `micro_batch`; a mean is over what has a weight."""
+        velocity, *rest = target
+        return flow_match.flow_loss(prediction, velocity, self._pseudo_huber_c, *rest)
 
     def save_adapter(
         self,

@@ -1,7 +1,8 @@
 """Find and check the weights of a frozen encoder, fill its module with them, and take it down again."""
 
 import gc
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +24,21 @@ def frozen_files(path: Path, stem: str, what: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{what}: {path} holds no {stem}*.safetensors; download the folder again")
     return files
+
+
+@contextmanager
+def odd_shapes_told(what: str, reader: WeightReader) -> Iterator[None]:
+    """Within, sizes are read off shapes and a network is made of them on `meta`: what Python says of shapes that no
+    such network has becomes a `ValueError` with the file."""
+    try:
+        yield
+    except (ValueError, LookupError, ArithmeticError, TypeError, AssertionError, RuntimeError) as error:
+        if isinstance(error, ValueError) and str(reader.location) in str(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"{what} {reader.location}: its tensors are of no such network ({reason}); download it again"
+        ) from error
 
 
 def check_frozen(module: nn.Module, reader: WeightReader, ignored: Collection[str] = ()) -> None:

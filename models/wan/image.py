@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from models.base import ClipEnds, Encoder
+from models.base import ClipEnds, Encoder, NotFiniteError
 from models.wan.encoder_keymaps import IMAGE, IMAGE_TOWER
-from models.wan.frozen import fill_frozen, free_memory, frozen_files
+from models.wan.frozen import fill_frozen, free_memory, frozen_files, odd_shapes_told
 from models.wan.identify import IMAGE_KEY, hint_for
 from models.wan.vae import to_pixels
 from models.weights import WeightReader
@@ -22,6 +22,7 @@ VERSION = 1  # of the arithmetic below; a change makes old cache entries stale
 STEM = "model"  # of the files in a transformers folder
 OFFICIAL_MARK = "visual."  # begins the tower's names in official files
 HEAD_DIM = 80  # of ViT-H/14, whatever its width; no file says it
+MOST_BLOCKS = 1000  # a file that says more would take days to build
 VIT_H = {"width": 1280, "feed_forward": 5120, "layers": 32, "patch": 14, "positions": 257}
 
 # Of the colours in [0, 1] that CLIP was trained on; the official Wan2.1 clip.py has them from OpenAI's CLIP.
@@ -92,14 +93,14 @@ class WanImageEncoder(Encoder):
         first frame before those of the last.
 
         Raises:
-            ValueError: the network returned infinities or NaN, which float16 can do.
+            NotFiniteError: the network returned infinities or NaN, which float16 can do.
         """
         frames = torch.stack([torch.as_tensor(item.pixels) for item in items])
         assert frames.shape[1] == 2, f"the first and the last frame wanted, got {frames.shape[1]}"
         pixels = to_pixels(frames if self.both_ends else frames[:, :1], self._device, torch.float32)
         states = self.encode_frames(pixels.transpose(1, 2).flatten(0, 1)).cpu()
         if not states.isfinite().all():
-            raise ValueError(f"{WHAT} {self.path}: states are not finite in {self.dtype}; use bfloat16 or float32")
+            raise NotFiniteError(f"{WHAT} {self.path}: states are not finite in {self.dtype}; use bfloat16 or float32")
         # clone: a slice would keep, and save, the whole batch
         return [{"image": one.flatten(0, 1).clone()} for one in states.unflatten(0, (len(items), -1))]
 
@@ -123,7 +124,7 @@ class WanImageEncoder(Encoder):
         reader = WeightReader(files, IMAGE, WHAT, identify=hint_for(IMAGE_KEY))
         if not any(name.startswith(OFFICIAL_MARK) for name in reader.stored_names()):
             reader = WeightReader(files, IMAGE_TOWER, WHAT, identify=hint_for(IMAGE_KEY))
-        with torch.device("meta"):
+        with odd_shapes_told(WHAT, reader), torch.device("meta"):
             # out of the larger model: older versions of transformers wrap the tower alone once more
             tower = CLIPVisionModelWithProjection(vision_config(reader)).vision_model
         tower_reader = TowerReader(reader, tower)
@@ -205,7 +206,10 @@ def vision_config(reader: WeightReader) -> CLIPVisionConfig:
 def _num_blocks(shapes: Mapping[str, Sequence[int]]) -> int:
     """Blocks in the file, the one that is not run included."""
     numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")}
-    return max(numbers) + 1 if numbers else VIT_H["layers"]
+    blocks = max(numbers) + 1 if numbers else VIT_H["layers"]
+    if blocks > MOST_BLOCKS:
+        raise ValueError(f"there is a block of number {blocks - 1}")
+    return blocks
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

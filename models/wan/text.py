@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from models.base import Encoder
+from models.base import Encoder, NotFiniteError
 from models.wan.encoder_keymaps import TEXT
-from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files
+from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files, odd_shapes_told
 from models.wan.identify import TEXT_KEY, hint_for
 from models.wan.tokenizer import SPIECE_TENSOR, open_tokenizer, spiece_tokenizer, tokenizer_file
 from models.weights import WeightReader
@@ -90,7 +90,7 @@ class WanTextEncoder(Encoder):
         """`{"text": [S, D]}` a caption, S its number of tokens. The empty caption gives one row, its end token's.
 
         Raises:
-            ValueError: the network returned infinities or NaN, which float16 can do.
+            NotFiniteError: the network returned infinities or NaN, which float16 can do.
         """
         return [{"text": self._encode_one(caption)} for caption in items]
 
@@ -106,13 +106,14 @@ class WanTextEncoder(Encoder):
         ids = torch.tensor([tokens.ids], device=self._device)
         states = self._model(input_ids=ids).last_hidden_state[0].cpu()
         if not states.isfinite().all():
-            raise ValueError(f"{WHAT} {self.weights}: states are not finite in {self.dtype}; use bfloat16 or float32")
+            mend = "use bfloat16 or float32"
+            raise NotFiniteError(f"{WHAT} {self.weights}: states are not finite in {self.dtype}; {mend}")
         return states
 
     def _skeleton(self) -> tuple[UMT5EncoderModel, WeightReader]:
         """The network on `meta` and the reader that fits it."""
         reader = WeightReader(frozen_files(self.weights, STEM, WHAT), TEXT, WHAT, identify=hint_for(TEXT_KEY))
-        with torch.device("meta"):
+        with odd_shapes_told(WHAT, reader), torch.device("meta"):
             model = UMT5EncoderModel(umt5_config(reader))
         check_frozen(model, reader, IGNORED)
         return model, reader

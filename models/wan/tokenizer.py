@@ -11,6 +11,7 @@ TOKENIZER_FILE = "tokenizer.json"
 SPIECE_FILE = "spiece.model"
 SPIECE_TENSOR = "spiece_model"  # uint8 [bytes], in ComfyUI's text encoder files
 UNIGRAM = 1  # TrainerSpec.ModelType of sentencepiece_model.proto
+MOST_BYTES = 200_000_000  # UMT5's are of 17 and 5 MB; a vocabulary takes several times its file in memory
 CONTROL, UNKNOWN = 3, 2  # ModelProto.SentencePiece.Type there
 METASPACE = "▁"
 
@@ -47,6 +48,7 @@ def open_tokenizer(folder: Path, max_length: int) -> Tokenizer:
         ValueError: it does not end a caption with a token, which an encoder of the T5 kind must see.
     """
     file = tokenizer_file(folder)
+    _refuse_large(file.stat().st_size, str(file))
     if file.name == SPIECE_FILE:
         return spiece_tokenizer(file.read_bytes(), str(file), max_length)
     try:
@@ -71,6 +73,7 @@ def spiece_tokenizer(content: bytes, place: str, max_length: int) -> Tokenizer:
     from google.protobuf.message import DecodeError
     from transformers.convert_slow_tokenizer import import_protobuf
 
+    _refuse_large(len(content), place)
     # the parsed form of sentencepiece_model.proto that transformers' own converters use
     model = import_protobuf().ModelProto()
     try:
@@ -94,6 +97,11 @@ def spiece_tokenizer(content: bytes, place: str, max_length: int) -> Tokenizer:
             single=["$A", end], special_tokens=[(end, tokenizer.token_to_id(end))]
         )
     return _checked(tokenizer, place, max_length)
+
+
+def _refuse_large(size: int, place: str) -> None:
+    if size > MOST_BYTES:
+        raise ValueError(f"{place}: {size:,} bytes are too many for a tokenizer; download google/umt5-xxl again")
 
 
 def _checked(tokenizer: Tokenizer, place: str, max_length: int) -> Tokenizer:

@@ -1,6 +1,5 @@
 """Pixels to the normalised latents of Wan2.1's or Wan2.2's VAE, and back for checks by eye."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -9,9 +8,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from models.base import Encoder
+from models.base import Encoder, NotFiniteError
+from models.json_files import read_table
 from models.wan.encoder_keymaps import VAE, VAE22
-from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files
+from models.wan.frozen import check_frozen, fill_frozen, free_memory, frozen_files, odd_shapes_told
 from models.wan.identify import VAE_KEY, hint_for
 from models.weights import KeyMap, WeightReader
 
@@ -49,6 +49,7 @@ LATENTS_STD_22 = (
 
 STEM = "diffusion_pytorch_model"  # of the files in diffusers' folder
 CONFIG_NAME = "config.json"
+MOST_ITEMS, MOST_RESNETS, MOST_WIDTH = 64, 16, 1 << 14  # of config.json; the released ones have 48, 2 and 1024
 DIM_MULT = (1, 2, 4, 4)  # width of each level, in units of the first
 
 
@@ -157,7 +158,7 @@ class WanVAEEncoder(Encoder):
         81 frames of 832x480 still take 8 MB only.
 
         Raises:
-            ValueError: the network returned infinities or NaN, which half precision can do.
+            NotFiniteError: the network returned infinities or NaN, which half precision can do.
         """
         pixels = to_pixels(torch.stack([torch.as_tensor(item) for item in items]), self.device, self.dtype)
         return [{"latents": latents} for latents in self.encode_clips(pixels)]
@@ -171,7 +172,8 @@ class WanVAEEncoder(Encoder):
         assert height % stride == 0 and width % stride == 0, f"{width}x{height} is not a multiple of {stride}"
         latents = self.encode_pixels(pixels).cpu()
         if not latents.isfinite().all():
-            raise ValueError(f"{WHAT} {self.path}: latents are not finite in {self.dtype}; set vae_dtype = 'float32'")
+            mend = "set vae_dtype = 'float32'"
+            raise NotFiniteError(f"{WHAT} {self.path}: latents are not finite in {self.dtype}; {mend}")
         # clone: a slice would keep, and save, the whole batch
         return [one.clone() for one in latents]
 
@@ -207,9 +209,8 @@ class WanVAEEncoder(Encoder):
         """The network on `meta` and the reader that fits it."""
         files = frozen_files(self.path, STEM, WHAT)
         reader = WeightReader(files, self._kind.key_map, WHAT, identify=hint_for(VAE_KEY))
-        config = vae_config(reader, self.version) | read_config(self.path / CONFIG_NAME)
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config(config)
+        with odd_shapes_told(WHAT, reader), torch.device("meta"):
+            vae = AutoencoderKLWan.from_config(vae_config(reader, self.version) | read_config(self.path / CONFIG_NAME))
         check_frozen(vae, reader)
         return vae, reader
 
@@ -233,10 +234,23 @@ def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_table(file)
     except ValueError as error:
         raise ValueError(f"{WHAT} {file}: not readable as JSON ({error}); download it again") from error
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    for name, value in config.items():
+        if not _is_argument(name, value):
+            raise ValueError(f"{WHAT} {file}: {name} = {str(value)[:40]} is none of its settings; download it again")
+    return config
+
+
+def _is_argument(name: str, value: Any) -> bool:
+    """Whether the network could be built with it, and soon: a few numbers of moderate size, or a word."""
+    if isinstance(value, list):
+        return len(value) <= MOST_ITEMS and all(_is_argument(name, item) for item in value)
+    if isinstance(value, (int, float)):
+        return 0 <= abs(value) <= (MOST_RESNETS if name == "num_res_blocks" else MOST_WIDTH)
+    return value is None or isinstance(value, str)
 
 
 def vae_config(reader: WeightReader, version: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Which Wan a checkpoint is, and its sizes: a table of released variants, read off the config and tensor shapes."""
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from models.base import MediaSpec
+from models.json_files import read_table
 
 PATCH = (1, 2, 2)  # latent frames, rows and columns that make a token
 TEXT_LENGTH = 512  # rows that cross attention sees; shorter captions are followed by zeros, as Wan was trained
@@ -33,7 +33,7 @@ class Variant(NamedTuple):
 
 _MEDIA = MediaSpec(fps=Fraction(16), pixel_multiple=16, frame_stride=4, images=True)
 _I2V_MEDIA = _MEDIA._replace(images=False)
-_TI2V_MEDIA = MediaSpec(fps=Fraction(24), pixel_multiple=32, frame_stride=4, images=True)
+_TI2V_MEDIA = MediaSpec(fps=Fraction(24), pixel_multiple=32, frame_stride=4, images=True, latent_stride=16)
 _FIRST, _BOTH = {"frames_given": "first"}, {"frames_given": "first and last"}
 
 # the first row that fits is it, so rows with marks stand first
@@ -116,6 +116,7 @@ SHAPE_OF: dict[str, tuple[str, int]] = {
 }
 # of the image embedder: the official code has them as constants, so its config.json does not tell them
 IMAGE_SIZES = ("image_dim", "pos_embed_seq_len")
+MOST_BLOCKS, MOST_WIDTH = 1000, 1 << 20  # the largest Wan has 40 blocks of width 5120
 DIFFUSERS_KEYS = {
     "num_attention_heads": "num_heads",
     "in_channels": "in_dim",
@@ -131,21 +132,35 @@ DIFFUSERS_KEYS = {
 def read_config(file: Path) -> dict[str, Any]:
     """Sizes that a config.json of either naming tells, under `Architecture`'s names; other keys are left out."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_table(file)
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} holds a {type(raw).__name__} and should hold keys and values; download it again")
-    if "attention_head_dim" not in raw:
-        return {key: raw[key] for key in Architecture._fields if raw.get(key) is not None and key not in IMAGE_SIZES}
-    sizes = {ours: raw[theirs] for theirs, ours in DIFFUSERS_KEYS.items() if raw.get(theirs) is not None}
-    return {**sizes, "dim": raw["attention_head_dim"] * raw["num_attention_heads"]}
+    keys = {ours: ours for ours in Architecture._fields if ours not in IMAGE_SIZES}
+    if "attention_head_dim" in raw:
+        keys = {**DIFFUSERS_KEYS, "attention_head_dim": "head_dim"}
+    sizes = {ours: _size(file, theirs, raw[theirs]) for theirs, ours in keys.items() if raw.get(theirs) is not None}
+    if (head_dim := sizes.pop("head_dim", None)) and "num_heads" in sizes:
+        sizes["dim"] = head_dim * sizes["num_heads"]
+    return sizes
+
+
+def _size(place: str | Path, key: str, value: Any) -> Any:
+    """`value`, which a skeleton can be built with: one of a billion blocks would take days."""
+    if key == "eps":
+        is_size = isinstance(value, float) and 0 < value < 1
+    else:
+        is_size = type(value) is int and 0 < value <= (MOST_BLOCKS if key == "num_layers" else MOST_WIDTH)
+    if not is_size:
+        raise ValueError(f"{place}: {key} = {str(value)[:40]} is no size of such a model; download it again")
+    return value
 
 
 def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """What the tensors show, by skeleton names; sizes whose tensor is absent are left out."""
-    sizes: dict[str, Any] = {size: shapes[name][axis] for size, (name, axis) in SHAPE_OF.items() if name in shapes}
-    if "proj_out.weight" in shapes:
+    sizes: dict[str, Any] = {
+        size: shapes[name][axis] for size, (name, axis) in SHAPE_OF.items() if shapes.get(name, ())[axis:]
+    }
+    if shapes.get("proj_out.weight"):
         sizes["out_dim"] = shapes["proj_out.weight"][0] // math.prod(PATCH)
     blocks = {int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
     if blocks:
@@ -157,15 +172,21 @@ def architecture(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
     """Sizes from the config, and from tensor shapes where it is silent.
 
     Raises:
-        ValueError: a size that neither tells.
+        ValueError: a size that neither tells, or that no model has.
     """
-    sizes = {"eps": 1e-6, **sizes_from_shapes(shapes), **config}
+    shown = {size: _size("the tensors", size, value) for size, value in sizes_from_shapes(shapes).items()}
+    sizes = {"eps": 1e-6, **shown, **config}
     if "num_heads" not in sizes and sizes.get("dim", 1) % HEAD_DIM == 0:
         sizes["num_heads"] = sizes["dim"] // HEAD_DIM
     missing = [size for size in Architecture._fields if size not in {**Architecture._field_defaults, **sizes}]
     if missing:
         raise ValueError(
             f"neither a config.json nor the tensors tell {', '.join(missing)}; put the config.json beside them"
+        )
+    if sizes["dim"] % (2 * sizes["num_heads"]):
+        raise ValueError(
+            f"dim = {sizes['dim']} does not divide into num_heads = {sizes['num_heads']} of an even width; download it "
+            "again"
         )
     return Architecture(**sizes)
 

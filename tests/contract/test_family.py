@@ -92,6 +92,24 @@ def test_losses_are_one_a_sample_whatever_the_batch(family, name):
             assert torch.allclose(family.loss(x, batch.target)[0], expected, rtol=1e-5)
 
 
+def test_what_a_mask_leaves_out_has_no_gradient(family, name):
+    """And a mask changes neither what the model is given nor the loss of samples without one."""
+    masked, plain = samples(name)
+    masked["mask"] = torch.tensor([[[0, 255, 51]] * 4, [[255, 0, 0]] * 4], dtype=torch.uint8).repeat(1, 1, 2)
+    batches = [family.micro_batch(pair, DRAWS) for pair in ([masked, plain], samples(name))]
+    assert all(torch.equal(one, other) for one, other in zip(batches[0].inputs, batches[1].inputs, strict=True))
+    wanted = batches[1].target[0]
+    prediction = (wanted + seeded_noise(tuple(wanted.shape), 3)).requires_grad_()
+    of_masked, of_plain = family.loss(prediction, batches[0].target)
+    of_masked.backward()
+    share = (masked["mask"] / 255)[None]
+    assert ((prediction.grad[0] == 0) == (share == 0)).all() and not prediction.grad[1].any()
+    error = (prediction - wanted).detach().square()
+    assert of_masked.item() == pytest.approx((error[0] * share).mean().item(), rel=1e-5), "over all elements"
+    assert of_plain.item() == pytest.approx(family.loss(prediction, batches[1].target)[1].item(), rel=1e-6)
+    assert len(batches[0].target) > len(batches[1].target), "what nobody needs is not carried along"
+
+
 def fingerprints() -> dict[str, list[str]]:
     """Sums over the micro-batch of each family, to the last bit."""
     batches = {name: family().micro_batch(samples(name), DRAWS) for name, family in FAMILIES.items()}

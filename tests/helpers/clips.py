@@ -14,4 +14,5 @@ SMALL = Bucket(64, 48, 9)
 def clip_of(path: Path, bucket: Bucket = SMALL, captions: tuple[str, ...] = ("a clip",), **changed) -> Clip:
     held = probe(path)
     fps = Fraction(16) if held.is_video else Fraction(0)
-    return replace(Clip(MediaFile(path, hash_file(path), *held, captions), bucket, Fraction(0), fps, 0), **changed)
+    media = MediaFile(path, hash_file(path), *held[:6], captions, special=held.special)
+    return replace(Clip(media, bucket, Fraction(0), fps, 0), **changed)

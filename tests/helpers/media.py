@@ -81,3 +81,25 @@ def write_image(path: Path, size: tuple[int, int] = (64, 48), colour: tuple[int,
     mode = "RGBA" if len(colour) == 4 else "RGB"
     Image.new(mode, size, colour).save(path)
     return path
+
+
+def write_frames(
+    path: Path,
+    frames: np.ndarray,
+    fps: Fraction | int = 16,
+    *,
+    rotation: int = 0,
+    pixel_shape: Fraction | None = None,
+) -> Path:
+    """A video of `frames`, uint8 [F, h, w, 3], that gives back every byte of them; a `.mov`."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png", rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "rgb24"
+        if pixel_shape is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_shape
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")))
+        container.mux(stream.encode(None))
+    return path

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import flow_match
+from models import flow_match, masks
 from models.base import Draw, Encoder, MediaSpec, MicroBatch, ModelFamily
 from tests.helpers.toy_model import ToyModel
 
@@ -68,7 +68,7 @@ class ToyFamily(ModelFamily):
         noise = torch.stack([flow_match.seeded_noise(tuple(latents.shape[1:]), draw.seed) for draw in draws])
         t = flow_match.timestep(torch.tensor([draw.quantile for draw in draws]), "uniform")
         noisy, target = flow_match.noisy_and_target(latents, noise, t)
-        return MicroBatch((noisy, t, text), (target,))
+        return MicroBatch((noisy, t, text), (target, *masks.loss_mask(samples, *latents.shape[2:])))
 
     def build_skeleton(self):
         with torch.device("meta"):
@@ -87,7 +87,7 @@ class ToyFamily(ModelFamily):
         return [n for n, m in skeleton.named_modules() if n.startswith("blocks.") and isinstance(m, nn.Linear)]
 
     def loss(self, prediction, target):
-        return flow_match.flow_loss(prediction, target[0])
+        return flow_match.flow_loss(prediction, target[0], mask=target[1] if target[1:] else None)
 
     def save_full(self, tensors, folder: Path, metadata):
         save_file(dict(tensors), folder / "toy.safetensors", dict(metadata))

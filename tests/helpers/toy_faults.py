@@ -22,6 +22,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def terminate() -> None:
+    """As a scheduler does; all ranks then leave after the step."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def refuse() -> None:
     raise ValueError("a clip that nobody likes; use another")
 
@@ -33,7 +38,7 @@ def run_out() -> None:
     )
 
 
-FAULTS = {f.__name__: f for f in (hang, die, refuse, run_out)}
+FAULTS = {f.__name__: f for f in (hang, die, terminate, refuse, run_out)}
 
 
 class FaultyBlock(ToyBlock):

@@ -73,19 +73,19 @@ def reference(name: str) -> tuple[dict[str, torch.Tensor], list[float]]:
 
 
 def save(run_dir: Path, built) -> Path:
-    from utils.train import checkpoint
+    from utils.train import checkpoint, checkpoint_write
     from utils.train.state import TrainState
 
     run_dir.mkdir(exist_ok=True)
     place = {"stage": built.engine.stage_id, "data_rank": built.engine.data_rank}
     parts = {"": checkpoint.Part(built.trained, built.optimizer)}
     told = {"epochs_done": 0, "course": {}, "meters": {}}
-    return checkpoint.save(run_dir, TrainState(step=CUT), **told, parts=parts, **place, keep_last=None)
+    return checkpoint_write.save(run_dir, TrainState(step=CUT), **told, parts=parts, **place, keep_last=None)
 
 
 def train(folder: Path, cases: list[dict]) -> list[dict]:
     """On every rank: each case is a run of four steps, and one that is interrupted after two."""
-    from utils.train import checkpoint
+    from utils.train import checkpoint, checkpoint_read
     from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings, build_engine
     from utils.train.engine import init_distributed
     from utils.train.fuse import Fusion
@@ -120,7 +120,7 @@ def train(folder: Path, cases: list[dict]) -> list[dict]:
             first, resumed = build(), build()
             run(first, range(CUT))
             saved = save(folder / f"run{number}", first)
-            checkpoint.load(saved, {"": checkpoint.Part(resumed.trained, resumed.optimizer)})
+            checkpoint_read.load(saved, {"": checkpoint.Part(resumed.trained, resumed.optimizer)})
             run(resumed, range(CUT, STEPS))
             result["resumed"] = {n: p.detach() for n, p in resumed.trained.items()}
         results.append(result)

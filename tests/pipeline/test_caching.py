@@ -100,14 +100,14 @@ def command(pid: str) -> bytes:
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="looks for its child in /proc")
 @pytest.mark.parametrize(
     ("number", "fate"),
-    [(signal.SIGKILL, "the worker process was killed by SIGKILL"), (signal.SIGSTOP, "no progress for 3 s")],
+    [(signal.SIGKILL, "the worker process was killed by SIGKILL"), (signal.SIGSTOP, "no progress for 3 s; raise decode_timeout_s if it is only slow")],
 )
 def test_a_decoder_that_dies_or_hangs_is_replaced_and_its_file_named(tmp_path, number, fate):
     """Large frames, so that it is at one when the first is done."""
     paths = [write_video(tmp_path / f"clip{number}.mp4", 9, size=(1280, 720)) for number in range(5)]
     store, encoder = CacheStore(tmp_path), Meddling(tmp_path, 0.0)
     encoder.number = number
-    with pytest.raises(ValueError, match="1 clips cannot be decoded") as caught:
+    with pytest.raises(ValueError, match="1 clip cannot be decoded") as caught:
         precache(
             [clips(paths, Bucket(1280, 720, 9))], [encoder], store, device=torch.device("cpu"), workers=1, batch_size=1,
             decode_timeout_s=3.0,

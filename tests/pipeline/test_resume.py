@@ -2,17 +2,18 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.launch import ROOT, relative_error, run_ranks
+from tests.helpers import forked
+from tests.helpers.launch import ROOT, relative_error
 from tests.helpers.tiny import tiny_checkpoint
 
 STEPS, CUTS = 8, (1, 4, 6)  # the first epoch ends with step 4
+OTHERS = (1, 3)  # stages that go on from a checkpoint of two
 CONFIG = """
 output_dir = '{folder}/runs'
 dataset = '{folder}/dataset.toml'
@@ -66,43 +67,35 @@ def write_inputs(folder: Path, optimizer: str = "adamw_optimi") -> None:
     (folder / "config.toml").write_text(CONFIG.format(folder=folder, steps=STEPS, optimizer=optimizer))
 
 
-def worker(folder: Path, _: None) -> dict:
-    """On every rank: the whole run, then one resumed from each cut."""
+def starts(folder: Path, _: None) -> dict:
+    """The whole run, then one resumed from each cut, then one of the middle cut with other stages."""
+    forked.import_all()
+    words, runs = ["--config", str(folder / "config.toml")], folder / "runs"
+    started(2, folder / "whole", words)
+    (whole,) = [path for path in runs.iterdir() if path.name != "cache"]
+    told = {"whole": str(whole), "runs": {}, "recut": {}}
+    for number, (stages, cut) in enumerate([*((2, cut) for cut in CUTS), *((stages, CUTS[1]) for stages in OTHERS)]):
+        copy = runs / f"20300101_00-00-0{number}"
+        cut_copy(whole, copy, cut)
+        more = ["--resume_from_checkpoint", copy.name, "--set", f"pipeline_stages={stages}"]
+        started(stages, folder / copy.name, [*words, *more])
+        told["runs" if stages == 2 else "recut"][cut if stages == 2 else stages] = str(copy)
+    return told
+
+
+def started(ranks: int, folder: Path, words: list[str]) -> None:
+    """A start of train.py with so many ranks, which must end well."""
     import train
-    from utils import dist
 
-    config = str(folder / "config.toml")
-    assert train.main(["--config", config]) == 0
-    (whole,) = [p for p in (folder / "runs").iterdir() if p.name != "cache"]
-    runs = {}
-    for cut in CUTS:
-        copy = folder / "runs" / f"20300101_00-00-0{cut}"
-        if dist.is_main():
-            shutil.copytree(whole, copy)
-            for later in range(cut + 1, STEPS + 1):
-                shutil.rmtree(copy / f"global_step{later}")
-            shutil.rmtree(copy / f"step{STEPS}")
-        dist.barrier()
-        assert train.main(["--config", config, "--resume_from_checkpoint", copy.name]) == 0
-        runs[cut] = str(copy)
-    return {"whole": str(whole), "runs": runs}
+    assert forked.results(ranks, folder, lambda: train.main(words)) == [0] * ranks
 
 
-def recut_worker(folder: Path, arguments: dict) -> str:
-    """On every rank: go on from a checkpoint of two stages with another number of them."""
-    import train
-    from utils import dist
-
-    copy = folder / "runs" / f"20300101_00-01-0{dist.world_size()}"
-    if dist.is_main():
-        partial = copy.with_name(f"partial-{copy.name}")
-        shutil.copytree(Path(arguments["whole"]) / f"global_step{CUTS[1]}", partial / f"global_step{CUTS[1]}")
-        partial.rename(copy)
-    while not copy.exists():  # ranks have not met yet
-        time.sleep(0.1)
-    words = ["--config", str(folder / "config.toml"), "--set", f"pipeline_stages={dist.world_size()}"]
-    assert train.main([*words, "--resume_from_checkpoint", copy.name]) == 0
-    return str(copy)
+def cut_copy(whole: Path, copy: Path, cut: int) -> None:
+    """The run as it was left when it was killed after the checkpoint of step `cut`, with the numbers of later steps."""
+    shutil.copytree(whole, copy)
+    for later in range(cut + 1, STEPS + 1):
+        shutil.rmtree(copy / f"global_step{later}")
+    shutil.rmtree(copy / f"step{STEPS}")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +103,7 @@ def runs(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("resume")
     write_inputs(folder)
     tiny_checkpoint(folder)
-    return {"folder": folder, **run_ranks("tests.pipeline.test_resume:worker", 2, folder)[0]}
+    return forked.run_forked("tests.pipeline.test_resume:starts", folder)
 
 
 def metrics(run: str) -> list[dict]:
@@ -181,10 +174,10 @@ def test_the_latest_pointer_names_the_last_checkpoint(runs):
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", OTHERS)
 def test_a_checkpoint_goes_on_with_other_stages(runs, stages):
     """Weights and optimizer state are kept by name, so the cut may change."""
-    resumed = run_ranks("tests.pipeline.test_resume:recut_worker", stages, runs["folder"], {"whole": runs["whole"]})[0]
+    resumed = runs["recut"][stages]
     whole, other = (load_file(Path(r) / f"step{STEPS}" / "adapter_model.safetensors") for r in (runs["whole"], resumed))
     assert set(whole) == set(other)
     assert max(relative_error(other[name], whole[name]) for name in whole) < 1e-5

@@ -29,9 +29,9 @@ def worker(folder: Path, arguments: dict[str, Any]) -> None:
     models.FAMILIES["faulty"] = "tests.helpers.toy_faults:FaultyToy"
     if arguments.get("die_in_checkpoint") == os.environ["RANK"]:
         from tests.helpers.toy_faults import die
-        from utils.train import checkpoint
+        from utils.train.checkpoint_write import Checkpointer
 
-        checkpoint._write_all = lambda *_: die()
+        Checkpointer._write = lambda *_: die()
     sys.exit(train.main(arguments["words"]))
 
 

@@ -20,12 +20,15 @@ EVAL_SAMPLES = 5  # no multiple of any batch: nothing may be dropped or counted 
 
 
 def sample(index: int) -> dict[str, torch.Tensor]:
+    """Every third has a loss mask, so that micro-batches hold both kinds."""
     generator = torch.Generator().manual_seed(index)
     frames = 1 + index // GLOBAL_BATCH % 2 if index >= 0 else 2
-    return {
+    made = {
         "latents": torch.randn(16, frames, 4, 6, generator=generator),
         "text": torch.randn(3 + index % 4, 64, generator=generator),
     }
+    mask = torch.randint(0, 256, (frames, 4, 6), generator=generator, dtype=torch.uint8)
+    return made if index % 3 else made | {"mask": mask}
 
 
 def draws(step: int) -> list[Draw]:
@@ -45,11 +48,16 @@ def eval_set(family, micro_batch: int):
 
     class Memory:
         def read(self, kind: str, key: str) -> dict[str, torch.Tensor]:
-            part = sample(-1 - int(key))
-            return {"latents": part["latents"]} if kind == "latents" else {"text": part["text"]}
+            return {kind: sample(-1 - int(key))[kind]}
 
     keys = [(str(i),) for i in range(EVAL_SAMPLES)]
-    entries = [Entry(f"e{i}", f"e{i}", Bucket(48, 32, 5), 0, ("latents",), key, key) for i, key in enumerate(keys)]
+    entries = [
+        Entry(
+            *(f"e{i}", f"e{i}", Bucket(48, 32, 5), 0, ("latents",), key, key),
+            mask_keys=key if "mask" in sample(-1 - i) else (),
+        )
+        for i, key in enumerate(keys)
+    ]
     return EvalSet("held_out", CachedDataset(family, Memory(), entries, "0", seed=9), lambda _: micro_batch)
 
 
@@ -82,9 +90,10 @@ def reference(checkpoint: Path, kind: str) -> tuple[dict[str, torch.Tensor], dic
 
     def losses(batch) -> torch.Tensor:
         x_t, t, text = batch.inputs
+        mask = batch.target[2] if len(batch.target) > 1 else 1
         text = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))
         prediction = model(x_t, timestep=t.double() * 1000, encoder_hidden_states=text, return_dict=False)[0]
-        return (prediction - batch.target[0]).square().flatten(1).mean(1)
+        return ((prediction - batch.target[0]).square() * mask).flatten(1).mean(1)
 
     for step in range(STEPS):
         samples = [sample(step * GLOBAL_BATCH + slot) for slot in range(GLOBAL_BATCH)]

@@ -4,7 +4,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.adapter_layers import AdapterShape, LoKrLinear, add_adapter, initial_value, kronecker_linear
+from models.adapter_layers import (
+    AdapterShape,
+    LoKrLinear,
+    add_adapter,
+    initial_value,
+    kronecker_linear,
+    without_adapters,
+)
 from models.adapters import KINDS, MAGNITUDE, base_name, is_adapter, plain_name
 from models.casting import CastLinear
 
@@ -244,3 +251,33 @@ def test_magnitudes_are_the_lengths_of_the_frozen_rows_as_stored():
     rows = layer.weight.float() * layer.weight_scale
     found = {plain_name(name): p for name, p in net.named_parameters()}[f"first{MAGNITUDE}"]
     torch.testing.assert_close(found.detach(), rows.norm(dim=1))
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_without_its_adapters_the_model_is_what_it_was(kind):
+    """To the last bit, and with them again afterwards, dropout and gradients included."""
+    shape = {**CASES[kind][0], **({"dropout": 0.5} if "lokr" not in kind else {})}
+    net, plain = filled(adapted(**shape), generator()), filled(Net())
+    with torch.no_grad():
+        after = net.eval()(inputs())
+        with without_adapters(net.train()):
+            assert net(inputs()).equal(plain(inputs())), "no dropout either: it is the adapter's"
+        assert net.eval()(inputs()).equal(after) and not after.equal(plain(inputs()))
+    with pytest.raises(RuntimeError, match="stop"), without_adapters(net):
+        raise RuntimeError("stop")
+    assert [n for n, p in net.named_parameters() if p.requires_grad] == [
+        n for n, _ in net.named_parameters() if is_adapter(n)
+    ]
+    with torch.no_grad():
+        assert net(inputs()).equal(after)
+
+
+def test_a_compiled_model_heeds_the_switch():
+    net, plain = filled(adapted("lokr"), generator()), filled(Net())
+    net.compile(backend="eager", dynamic=False)
+    for _ in range(2):
+        with torch.no_grad():
+            after = net(inputs())
+            with without_adapters(net):
+                assert net(inputs()).equal(plain(inputs())) and not plain(inputs()).equal(after)
+        assert gradients(net, net, inputs()).keys() == {n for n, _ in net.named_parameters() if is_adapter(n)}

@@ -1,6 +1,8 @@
 """What a resumed run takes from its checkpoint, and what it says of settings that changed since."""
 
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +11,10 @@ import torch
 from torch import nn
 
 from tests.helpers.configs import RUN, folder, load  # noqa: F401 (a fixture)
+from utils.data.manifest import Group, Manifest
+from utils.data.records import Bucket, Entry
 from utils.monitor.meters import Meters
-from utils.train import assemble, checkpoint
+from utils.train import assemble, checkpoint, checkpoint_write
 from utils.train.optimizers import build_optimizer
 from utils.train.state import TrainState
 
@@ -26,7 +30,7 @@ def resumed(tmp_path, caplog, before, now, reset_dataloader: bool, orders=({"ord
     """The warnings of a run with the settings `now` that goes on from one with the settings `before`."""
     parameters = {"a": nn.Parameter(torch.zeros(2, 2))}
     optimizer = build_optimizer("sgd", list(parameters.items()), lr=0.1)
-    saved = checkpoint.save(
+    saved = checkpoint_write.save(
         tmp_path,
         TrainState(4, 8),
         epochs_done=1,
@@ -44,7 +48,7 @@ def resumed(tmp_path, caplog, before, now, reset_dataloader: bool, orders=({"ord
     with caplog.at_level(logging.WARNING):
         state = assemble.resume(
             job, {"": SimpleNamespace(built=built)}, orders[1] | assemble.quiet_course(now), Meters()
-        )
+        ).state
     assert state == (TrainState(4, 8, 4, 1) if reset_dataloader else TrainState(4, 8))
     return [record.message for record in caplog.records]
 
@@ -77,6 +81,57 @@ def test_a_model_that_has_moved_and_one_that_older_versions_did_not_note_are_unc
     assert resumed(tmp_path, caplog, config_of(RUN, 8), moved, False) == []
     saved = {"alpha": 8.0}  # of a version that kept no [model]
     assert checkpoint.course_changes(saved, assemble.quiet_course(moved)) == []
+
+
+def data(*weights: float, held: bool = False) -> Manifest:
+    """Two directories, the clips of the second with `weights`."""
+    groups = [Group(Path("a"), 1), Group(Path("b"), 1, 0.5, held)]
+    entries = [Entry(f"s{i}", f"{i}.mp4", Bucket(64, 64, 1), 1, (), (), (), w) for i, w in enumerate(weights)]
+    return Manifest([Entry("s", "a.mp4", Bucket(64, 64, 1), 0, (), (), ()), *entries], groups, [], {}, {}, "")
+
+
+def test_what_clips_count_may_change_and_is_told(tmp_path, caplog):
+    plain = {"weight": ["1", "0.5"], "regularization sets": [], "loss masks": "none"}
+    course = assemble.data_course(data())
+    assert re.fullmatch(r"\w{6}", course.pop("clips and captions")) and course == plain
+    both = [assemble.data_course(each) for each in (data(0.5, 2.0), data(2.0, 0.5))]
+    (_, one), (_, other) = (course["weight"] for course in both)
+    assert one.startswith("0.5 to 2 (") and other.startswith("0.5 to 2 (") and one != other, "told apart"
+    before, now = assemble.data_course(data(1.5, 1.5)), assemble.data_course(data(2.0, 2.0, held=True))
+    config = config_of(RUN, 8)
+    assert resumed(tmp_path, caplog, config, config, False, ({"order": "x"} | before, {"order": "x"} | now)) == [
+        "changed since the checkpoint: weight ['1', '1.5'] -> ['1', '2']",
+        "changed since the checkpoint: regularization sets [] -> ['directory[1]']",
+    ]
+    orders = {"order": "x", "seed": 1} | before, {"order": "y", "seed": 2} | now
+    with pytest.raises(checkpoint.CheckpointError, match=r": seed 1 -> 2 changed, and with it the order"):
+        resumed(tmp_path, caplog, config, config, False, orders)
+
+
+def test_other_clips_are_told(tmp_path, caplog):
+    """As many as before in each bucket, so the order cannot show it: flipped, say, or under another caption."""
+    before, now = data(1.0, 1.0), data(1.0, 1.0)
+    now.entries[2] = replace(now.entries[2], sample_id="mirrored")
+    swapped = replace(before, entries=before.entries[::-1])
+    config, orders = config_of(RUN, 8), [assemble.data_course(each) | {"order": "x"} for each in (before, now, swapped)]
+    assert resumed(tmp_path, caplog, config, config, False, (orders[0], orders[0])) == []
+    for other in orders[1:]:
+        told = resumed(tmp_path, caplog, config, config, False, (orders[0], other))
+        assert re.fullmatch(r"changed since the checkpoint: clips and captions \w{6} -> \w{6}", told[0]), told
+
+
+def test_other_masks_are_told(tmp_path, caplog):
+    def masked(*keys: str) -> dict:
+        manifest = data(1.0, 1.0)
+        manifest.entries[1:] = [replace(e, mask_keys=(k,)) for e, k in zip(manifest.entries[1:], keys, strict=False)]
+        return assemble.data_course(manifest) | {"order": "x"}
+
+    config = config_of(RUN, 8)
+    assert masked("a", "b") == masked("a", "b") and masked()["loss masks"] == "none"
+    [told] = resumed(tmp_path, caplog, config, config, False, (masked("a", "b"), masked("a", "c")))
+    assert re.fullmatch(
+        r"changed since the checkpoint: loss masks 2 of 3 clips \(\w{6}\) -> 2 of 3 clips \(\w{6}\)", told
+    )
 
 
 def test_a_refused_order_is_not_blamed_on_what_does_not_decide_it(tmp_path, caplog):

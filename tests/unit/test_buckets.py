@@ -29,6 +29,11 @@ class Settings:
     max_frames: int = 129
     fps: str | float = "model"
     short_clips: str = "skip"
+    stills: bool = False
+    bucket_no_upscale: bool = False
+    crop: str = "center"
+    crop_sample: int = 1
+    flip: bool = False
 
 
 def media(width=1280, height=720, frames=100, fps=16, is_video=True):
@@ -150,3 +155,87 @@ def test_size_buckets_stand_alone():
 def test_shapes_that_the_model_cannot_take(settings, message):
     with pytest.raises(ValueError, match=message):
         bucket_table(settings, SPEC)
+
+
+# --- nothing enlarged -------------------------------------------------------------------------------------------------
+
+SMALL = {"bucket_no_upscale": True}
+
+
+def test_a_file_that_covers_its_bucket_stays_in_it():
+    for settings in ({"resolutions": (512,)}, {"enable_ar_bucket": True}, {"size_buckets": ((512, 512, 33),)}):
+        for size in ((512, 512), (2000, 3000), (900, 520)):
+            file = media(*size)
+            kept = bucket_table(Settings(**settings, **SMALL), SPEC)
+            assert kept.assign(file) == assign(Settings(**settings), file) and not kept.is_small(file, [33])
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "expected"),
+    [
+        (512, (511, 600), (496, 496)),
+        (512, (100, 100), (96, 96)),
+        (512, (4000, 100), (96, 96)),  # as large as its height allows
+        ((832, 480), (500, 500), (496, 288)),
+        ((832, 480), (831, 480), (816, 464)),
+        ((832, 480), (1280, 300), (512, 288)),
+        ((480, 832), (300, 1280), (288, 512)),
+        ((832, 480), (16, 16), (16, 16)),
+        ((1600, 160), (20, 500), (16, 16)),  # ten to one is not to be had there
+    ],
+)
+def test_a_small_file_goes_to_the_largest_size_of_the_shape(shape, size, expected):
+    table = bucket_table(Settings(resolutions=(shape,), **SMALL), SPEC)
+    assert table.assign(image(*size)) == [Bucket(*expected, 1)] and table.is_small(image(*size), [1])
+    assert table.assign(media(*size)) == [Bucket(*expected, 65)]
+
+
+def test_small_files_of_one_shape_share_a_bucket():
+    table = bucket_table(Settings(enable_ar_bucket=True, **SMALL), SPEC)
+    found = [table.assign(image(width, round(width * 9 / 16))) for width in range(400, 412)]
+    assert set(map(str, found)) == {"[Bucket(width=368, height=224, frames=1)]"}  # near 640x400
+    for width, height in ((37, 900), (333, 250), (640, 399), (639, 4000), (17, 16)):
+        [bucket] = table.assign(image(width, height))
+        assert bucket.width <= width and bucket.height <= height and not (bucket.width % 16 or bucket.height % 16)
+
+
+def test_two_areas_that_come_to_one_small_size_count_once():
+    assert assign(Settings(resolutions=(512, 256), **SMALL), image(300, 300)) == [
+        Bucket(256, 256, 1),
+        Bucket(288, 288, 1),
+    ]
+    assert assign(Settings(resolutions=(512, 256), **SMALL), image(200, 200)) == [Bucket(192, 192, 1)]
+
+
+def test_sides_under_one_multiple_are_left_out():
+    told = "is 600x15 px, too small for the model's 16 px a side, and with bucket_no_upscale = true not enlarged"
+    assert assign(Settings(**SMALL), image(600, 15)) == told
+    assert assign(Settings(size_buckets=((512, 512, 1),), **SMALL), image(600, 15)) == told
+    assert assign(Settings(**SMALL), image(31, 40), SPEC._replace(pixel_multiple=32)).startswith("is 31x40 px")
+
+
+def test_of_size_buckets_the_largest_that_is_covered():
+    sizes = ((1024, 1024, 1), (512, 512, 1), (640, 256, 1), (320, 320, 33), (832, 480, 33), (832, 480, 65))
+    settings = Settings(size_buckets=sizes, **SMALL)
+    assert assign(settings, image(1023, 1200)) == [Bucket(512, 512, 1)]
+    assert assign(settings, image(800, 300)) == [Bucket(640, 256, 1)]
+    assert assign(settings, image(640, 500)) == [Bucket(640, 256, 1)]
+    assert assign(settings, media(800, 460)) == [Bucket(320, 320, 33)]
+    assert assign(settings, media(200, 460)) == (
+        "is 200x460 px, smaller than each of size_buckets, and with bucket_no_upscale = true nothing is enlarged; add "
+        "a bucket such as [192, 448, 33]"
+    )
+    table = bucket_table(settings, SPEC)
+    assert table.shapes(media(800, 460), [33, 65], every=True) == [Bucket(320, 320, 33)]
+    assert table.shapes(media(832, 480), [33, 65], every=True) == [Bucket(832, 480, 33), Bucket(832, 480, 65)]
+    assert table.is_small(media(800, 460), [33, 65]) and not table.is_small(media(832, 480), [33, 65])
+
+
+def test_with_padding_a_file_need_not_cover_its_bucket():
+    padded = SMALL | {"crop": "pad"}
+    assert assign(Settings(**padded), image(512, 40)) == [Bucket(512, 512, 1)]
+    assert assign(Settings(**padded), image(400, 40)) == [Bucket(400, 400, 1)]
+    assert assign(Settings(size_buckets=((512, 512, 1), (256, 256, 1)), **padded), image(15, 300)) == [
+        Bucket(256, 256, 1)
+    ]
+    assert assign(Settings(**padded), image(15, 12)).startswith("is 15x12 px, too small")

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tarfile
 import time
 from types import SimpleNamespace
 
@@ -186,6 +187,28 @@ def test_gc_deletes_nothing_it_is_not_sure_of(filled, capfd):
         assert filled.tool("gc", "--days", 0, "--delete") == 2
         assert "fills this cache now" in capfd.readouterr().out.replace("\n", " ")
     assert filled.keys() == before
+
+
+def test_gc_takes_archives_that_nobody_reads(filled, capfd):
+    for name in ("one", "two"):
+        clip = write_video(filled.root / f"packed_{name}.mp4", 15 if name == "one" else 16)
+        with tarfile.open(filled.root / name / f"{name}.tar", "w") as archive:
+            archive.add(clip, "packed.mp4")
+            archive.add(filled.root / name / f"{name}.txt", "packed.txt")
+        filled.start(name)
+    folders = [path for path in (filled.cache / "archives").iterdir() if path.is_dir()]
+    assert len(folders) == 2
+    for path in (filled.cache / "archives").iterdir():
+        os.utime(path, (time.time() - 5 * 86400,) * 2)
+    words = ("gc", "--config", filled.root / "one.toml", "--days", 1)
+    assert filled.tool(*words) == 0 and all(path.exists() for path in folders)
+    told = capfd.readouterr().out
+    assert "the archive two.tar, " in told and "was last read 5" in told and "one.tar" not in told
+    assert filled.tool(*words, "--delete") == 0
+    assert "1 unpacked archive of" in capfd.readouterr().out
+    assert [path.is_dir() for path in folders].count(True) == 1 and len([*(filled.cache / "archives").iterdir()]) == 2
+    assert filled.start("one").report.made["latents"] == (0, 3)
+    assert filled.start("two").report.made["latents"] == (0, 3), "unpacked anew, and nothing encoded"
 
 
 def test_gc_takes_what_killed_processes_left(filled):

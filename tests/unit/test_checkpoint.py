@@ -1,55 +1,20 @@
 """A checkpoint is whole or absent, readable by any number of stages, and says why it cannot be used."""
 
 import json
-import shutil
-from types import SimpleNamespace
+import logging
+import os
 
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.checkpoints import optimizer_of, save, stepped, trained
+from utils import dist
 from utils.data.stat_index import hash_file
-from utils.train import checkpoint, run_folder
+from utils.train import checkpoint, checkpoint_read, run_folder
 from utils.train.checkpoint import CheckpointError, Part
 from utils.train.optimizers import build_optimizer
 from utils.train.state import TrainState
-
-
-def trained(names="abcd", seed=0) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: nn.Parameter(torch.randn(3, 2, generator=generator)) for name in names}
-
-
-def stepped(parameters: dict[str, nn.Parameter], steps: int = 2) -> torch.optim.Optimizer:
-    optimizer = build_optimizer("adamw", list(parameters.items()), lr=0.1)
-    for _ in range(steps):
-        for parameter in parameters.values():
-            parameter.grad = parameter.detach().sin()
-        optimizer.step()
-    return optimizer
-
-
-def save(run_dir, step=7, parameters=None, keep_last=None, **more):
-    parameters = trained() if parameters is None else parameters
-    return checkpoint.save(
-        run_dir,
-        TrainState(step, 10 * step),
-        epochs_done=2,
-        course={"order": "x"},
-        meters={"epoch_loss_sum": 1.5},
-        parts={"": Part(parameters, stepped(parameters))},
-        stage=0,
-        data_rank=0,
-        keep_last=keep_last,
-        **more,
-    )
-
-
-def test_each_file_is_told_of_before_it_is_written_and_read(tmp_path):
-    told = []
-    save(tmp_path, note=told.append)
-    names = ("weights_00.safetensors", "optimizer_00.pt")
-    assert told == [f"{what} {name}" for name in names for what in ("writing", "hashing")]
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -60,7 +25,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert not list(tmp_path.glob("tmp-*"))
     fresh = trained(seed=5)
     optimizer = build_optimizer("adamw", list(fresh.items()), lr=0.1)
-    loaded = checkpoint.load(folder, {"": Part(fresh, optimizer)})
+    loaded = checkpoint_read.load(folder, {"": Part(fresh, optimizer)})
     assert loaded.state == TrainState(7, 70)
     assert (loaded.epochs_done, loaded.course, loaded.meters) == (2, {"order": "x"}, {"epoch_loss_sum": 1.5})
     assert all(torch.equal(fresh[name], parameters[name]) for name in parameters)
@@ -78,10 +43,10 @@ def test_two_stages_load_into_one_and_one_into_two(tmp_path, monkeypatch):
     whole = trained()
     folder = save(tmp_path, parameters=whole)
     other_stage = json.dumps({"": list("ab")})
-    monkeypatch.setattr(checkpoint.dist, "gather_text", lambda told: [other_stage, told])
+    monkeypatch.setattr(dist, "gather_text", lambda told: [other_stage, told] if told else ["", ""])
     half = {name: nn.Parameter(torch.zeros(3, 2)) for name in "cd"}
     optimizer = build_optimizer("adamw", list(half.items()), lr=0.1)
-    checkpoint.load(folder, {"": Part(half, optimizer)})
+    checkpoint_read.load(folder, {"": Part(half, optimizer)})
     assert all(torch.equal(half[name], whole[name]) for name in half)
     assert len(optimizer.state) == 2
     # the same content as two stages would have written it
@@ -101,24 +66,44 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path, harm):
         checkpoint.find(tmp_path)
 
 
+def test_damage_in_a_file_that_no_rank_reads_is_told_and_does_no_harm(tmp_path, caplog):
+    folder = save(tmp_path)
+    with (folder / "optimizer_00.pt").open("r+b") as file:
+        file.seek(100)
+        file.write(b"damaged")
+    assert checkpoint_read.verify(folder) == [
+        f"{folder / 'optimizer_00.pt'} is damaged: its content is not what was written"
+    ]
+    read: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_read, "hash_file", lambda path: read.append(path.name) or hash_file(path))
+        patch.setattr(checkpoint_read, "Beside", lambda action, _: action())
+        checkpoint_read.load(folder, {"": Part(trained(), None)})  # --reset_optimizer
+    assert read == ["state.json", "weights_00.safetensors", "optimizer_00.pt"]
+    assert "optimizer_00.pt is damaged: its content is not what was written; this start does not need it" in caplog.text
+    parameters = trained()
+    with pytest.raises(CheckpointError, match=r"optimizer_00.pt is damaged"):
+        checkpoint_read.load(folder, {"": Part(parameters, optimizer_of(parameters))})
+
+
 def test_changed_content_of_the_same_size_is_found_at_load(tmp_path):
     folder = save(tmp_path)
     data = bytearray((folder / "weights_00.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "weights_00.safetensors").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"weights_00.safetensors is damaged"):
-        checkpoint.load(folder, {"": Part(trained(), None)})
+        checkpoint_read.load(folder, {"": Part(trained(), None)})
 
 
 def test_other_tensors_than_were_saved(tmp_path):
     folder = save(tmp_path)
     with pytest.raises(CheckpointError, match=r"1 missing, first e; rank, exclude_modules"):
-        checkpoint.load(folder, {"": Part(trained("abcde"), None)})
+        checkpoint_read.load(folder, {"": Part(trained("abcde"), None)})
     with pytest.raises(CheckpointError, match=r"1 missing, first e, 2 not trained now, first c; rank, exclude_modules"):
-        checkpoint.load(folder, {"": Part(trained("abe"), None)})
+        checkpoint_read.load(folder, {"": Part(trained("abe"), None)})
     wrong = {**trained(), "a": nn.Parameter(torch.zeros(4, 2))}
     with pytest.raises(CheckpointError, match=r"a is \[3, 2\], this run's is \[4, 2\]"):
-        checkpoint.load(folder, {"": Part(wrong, None)})
+        checkpoint_read.load(folder, {"": Part(wrong, None)})
 
 
 def test_a_dora_does_not_go_on_as_a_lora(tmp_path):
@@ -126,7 +111,7 @@ def test_a_dora_does_not_go_on_as_a_lora(tmp_path):
     lora = ["to_q.lora_A.default.weight", "to_q.lora_B.default.weight"]
     folder = save(tmp_path, parameters=trained([*lora, "to_q.lora_magnitude_vector.default.weight"]))
     with pytest.raises(CheckpointError, match=r"1 not trained now, first to_q\.lora_magnitude.*the kind of adapter"):
-        checkpoint.load(folder, {"": Part(trained(lora), None)})
+        checkpoint_read.load(folder, {"": Part(trained(lora), None)})
 
 
 def test_changes_are_told_and_nothing_else():
@@ -143,32 +128,45 @@ def test_old_ones_are_deleted_once_a_newer_one_is_whole(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step10", "global_step11", "latest"]
 
 
-def test_a_full_disk_leaves_earlier_ones_and_training_goes_on(tmp_path, monkeypatch, caplog):
-    save(tmp_path, 3)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
-    assert save(tmp_path, 5, keep_last=1) is None
-    assert "checkpoint at step 5 not written: need 0.1 GiB, 0.0 GiB free" in caplog.text
-    assert "training goes on" in caplog.text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step3", "latest"]
-    assert checkpoint.find(tmp_path).name == "global_step3"
-
-
-def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch, caplog):
-    def broken(*_):
-        raise OSError(28, "No space left on device")
-
-    save(tmp_path, 3)
-    monkeypatch.setattr(torch, "save", broken)
-    assert save(tmp_path, 5) is None
-    assert "No space left on device" in caplog.text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step3", "latest"]
-
-
 def test_leftovers_of_a_crash_are_cleared(tmp_path):
     (tmp_path / "tmp-global_step3").mkdir()
     (tmp_path / "tmp-global_step3" / "weights_00.safetensors").write_bytes(b"half")
     save(tmp_path, 5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step5", "latest"]
+
+
+def test_a_start_says_what_it_passes_over_and_clears_it(tmp_path, caplog):
+    folder = save(tmp_path, 5)
+    for name in ("tmp-global_step6", "tmp-old-global_step4"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "global_step7").mkdir()
+    with caplog.at_level(logging.INFO):
+        assert checkpoint.find(tmp_path) == folder
+        checkpoint_read.load(folder, {"": Part(trained(), None)})
+    assert "global_step7 is not complete, and passed over" in caplog.text
+    assert "removed what a save that was cut short had left: tmp-global_step6, tmp-old-global_step4" in caplog.text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step5", "global_step7", "latest"]
+
+
+def test_a_save_that_lacks_only_its_last_rename_is_taken(tmp_path):
+    save(tmp_path, 5)
+    newer = save(tmp_path, 6)
+    os.replace(newer, tmp_path / "tmp-global_step6")
+    (tmp_path / "latest").write_text("global_step5\n")
+    assert checkpoint.find(tmp_path) == newer
+    (newer / "state.json").unlink()
+    os.replace(newer, tmp_path / "tmp-global_step6")
+    assert checkpoint.find(tmp_path).name == "global_step5", "what is not whole stays where it is"
+
+
+def test_the_newest_is_the_last_save_whatever_its_step(tmp_path):
+    """Killed between the rename and the pointer, or gone back to an earlier step: the saves are counted."""
+    save(tmp_path, 12)
+    (tmp_path / "latest").write_text("global_step12\n")
+    later = save(tmp_path, 8)
+    (tmp_path / "latest").write_text("global_step12\n")
+    assert checkpoint.find(tmp_path) == later
+    assert checkpoint.save_of(checkpoint.manifest_of(later)) == 2
 
 
 def test_nothing_is_unpickled(tmp_path):
@@ -186,7 +184,7 @@ def test_nothing_is_unpickled(tmp_path):
     parameters = trained()
     optimizer = build_optimizer("adamw", list(parameters.items()), lr=0.1)
     with pytest.raises(Exception, match=r"weights_only|Weights only|Unsupported"):
-        checkpoint.load(folder, {"": Part(parameters, optimizer)})
+        checkpoint_read.load(folder, {"": Part(parameters, optimizer)})
 
 
 class TestWhichCheckpoint:

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 
+from models.base import MicroBatch
 from tests.helpers.media import frame_numbers
 from tests.unit.test_keys import CLIP, LATENTS, SAMPLE, ByteEncoder, ConvEncoder, keys_of  # noqa: F401 (a fixture)
 from tests.unit.test_precache import Bench, Settings
@@ -30,7 +31,7 @@ class Recorder:
     """Stands where a family does and gives back what it was given."""
 
     def micro_batch(self, samples, draws):
-        return list(samples)
+        return MicroBatch(tuple(samples), ())
 
 
 @pytest.fixture
@@ -98,13 +99,13 @@ def test_random_starts_take_turns(bench):
     dataset = CachedDataset(Recorder(), bench.store, manifest.entries, manifest.empty_text_key, seed=1)
 
     def latents(turn):
-        return dataset.training_batch([Item(index, turn)])[0]["latents"].tolist()
+        return dataset.training_batch([Item(index, turn)]).inputs[0]["latents"].tolist()
 
     turns = [latents(turn) for turn in range(7)]
     for turn, found in enumerate(turns):
         assert found == bench.store.read("latents", entry.media_keys[turn % 3])["latents"].tolist()
     assert turns[:3] == turns[3:6] and turns[0] == turns[6] and turns[0] != turns[1] != turns[2]
-    assert dataset.eval_batch([EvalItem(index, 0.5)])[0]["latents"].tolist() == turns[0]
+    assert dataset.eval_batch([EvalItem(index, 0.5)]).inputs[0]["latents"].tolist() == turns[0]
 
     _, report = bench.run(replace(settings, frame_sample=4))
     assert report.made["latents"].encoded == 4  # one start more for each video

@@ -36,6 +36,15 @@ pytestmark = pytest.mark.usefixtures("folder")
             ("frame_sample = 1", "video_clip_mode = 'uniform'"),
             "frame_sample = 1 gives one clip a video, from its beginning, as 'head' does",
         ),
+        (("stills = true", "video_clip_mode = 'head'"), None),
+        (
+            ("stills = true", "video_clip_mode = 'chunk'"),
+            "stills = true makes a still of every frame of a video with video_clip_mode = 'chunk'",
+        ),
+        (
+            ("stills = true", "media = 'images'"),
+            "stills = true has no effect with media = 'images': stills are frames of videos",
+        ),
     ],
 )
 def test_advice_on_cutting(lines, said):

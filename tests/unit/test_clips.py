@@ -130,6 +130,44 @@ def test_spread_goes_from_the_first_frame_to_the_last():
     assert [whole] == cut(media(frames=9), frame_buckets=(9,))  # nothing to spread: the same cache entry
 
 
+# --- stills -----------------------------------------------------------------------------------------------------------
+
+# musubi-tuner's code with target_frames [1, 9] and a video of 12 frames; our modes of one length by the same rule
+STILLS = [
+    ("single_beginning", {}, {9: [0], 1: [0]}),
+    ("single_middle", {}, {9: [1], 1: [5]}),
+    ("head", {}, {9: [0], 1: [0]}),
+    ("chunk", {}, {9: [0], 1: [*range(12)]}),
+    ("slide", {"frame_stride": 5}, {9: [0], 1: [0, 5, 10]}),
+    ("uniform", {"frame_sample": 3}, {9: [0, 1, 3], 1: [0, 5, 11]}),
+    ("full", {}, {9: [0], 1: [0]}),
+    ("spread", {}, {9: [0], 1: [0]}),
+]
+
+
+@pytest.mark.parametrize(("mode", "settings", "expected"), STILLS)
+def test_stills_are_where_the_mode_starts_clips(mode, settings, expected):
+    clips = cut(media(frames=12), mode, frame_buckets=(1, 9), stills=True, **settings)
+    assert starts(clips) == expected
+    stills = [clip for clip in clips if clip.bucket.frames == 1]
+    assert {(clip.bucket, clip.fps, clip.media.is_video) for clip in stills} == {(Bucket(512, 512, 1), 16, True)}
+    assert clips[: -len(stills)] == cut(media(frames=12), mode, frame_buckets=(1, 9), **settings)
+
+
+def test_what_is_too_short_for_a_clip_still_gives_stills():
+    assert starts(cut(media(frames=5), frame_buckets=(9,), stills=True)) == {1: [0]}
+    assert starts(cut(media(frames=5), frame_buckets=(1,), stills=True)) == {1: [0]}
+    assert starts(cut(media(frames=5), frame_buckets=(9,), stills=True, short_clips="loop")) == {9: [0], 1: [0]}
+    by_hand = {"resolutions": (), "size_buckets": ((64, 48, 9), (48, 64, 9))}
+    assert [clip.bucket for clip in cut(media(640, 480, 5), stills=True, **by_hand)] == [Bucket(64, 48, 1)]
+
+
+def test_stills_are_for_models_that_train_images():
+    videos = SPEC._replace(images=False)
+    assert starts(cut(media(frames=12), frame_buckets=(9,), stills=True, spec=videos)) == {9: [0]}
+    assert isinstance(cut(media(frames=5), frame_buckets=(9,), stills=True, spec=videos), Skipped)
+
+
 # --- starts by chance -------------------------------------------------------------------------------------------------
 
 

@@ -121,11 +121,26 @@ def test_optimizer_takes_any_further_key():
         (["eval_micro_batch_size_per_gpu = 2"], (512, 512, 1), True, 2),
         (["image_eval_micro_batch_size_per_gpu = 5"], (512, 512, 1), True, 5),
         (["eval_image_micro_batch_size_per_gpu = 5"], (512, 512, 1), True, 5),
+        (["max_tokens_per_gpu = 4096"], (512, 512, 1), False, 4),
+        (["max_tokens_per_gpu = 4095"], (512, 512, 1), True, 3),
+        (["max_tokens_per_gpu = 4096"], (512, 512, 81), False, 1),  # more than the budget: one at a time
+        (["max_tokens_per_gpu = 43008"], (512, 512, 81), False, 2),
+        (["max_tokens_per_gpu = 4096", "eval_micro_batch_size_per_gpu = 2"], (512, 512, 1), True, 2),
+        (["max_tokens_per_gpu = 4096", "image_eval_micro_batch_size_per_gpu = 2"], (512, 512, 1), True, 2),
+        (["max_tokens_per_gpu = 43008", "image_eval_micro_batch_size_per_gpu = 2"], (512, 512, 81), True, 2),
     ],
 )
 def test_batch_size_of_a_bucket(lines, bucket, evaluating, expected):
     run = load(top(*lines) if lines else RUN).run
-    assert run.micro_batch_size(*bucket, evaluating=evaluating) == expected
+    width, height, frames = bucket
+    tokens = (width // 16) * (height // 16) * (frames // 4 + 1)
+    assert run.micro_batch_size(*bucket, tokens, evaluating=evaluating) == expected
+
+
+def test_a_budget_of_tokens_leaves_no_batch_size_behind():
+    run = load(top("max_tokens_per_gpu = 4096")).run
+    assert (run.micro_batch_size_per_gpu, run.image_micro_batch_size_per_gpu) == (None, None)
+    assert load().run.micro_batch_size_per_gpu == 1
 
 
 DIFFUSION_PIPE = """\

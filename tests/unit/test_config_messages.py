@@ -244,12 +244,12 @@ def test_a_run_without_a_model_table():
         (
             "fps = 'source'",
             "fps = 'source' is no frame rate; use 'model', 'native', or the frames a second that the files really "
-            "have, without quotes",
+            "have, without quotes, 1 to 1000",
         ),
         (
-            "fps = 0",
-            "fps = 0 is no frame rate; use 'model', 'native', or the frames a second that the files really have, "
-            "without quotes",
+            "fps = 100000",
+            "fps = 100000 is no frame rate; use 'model', 'native', or the frames a second that the files really have, "
+            "without quotes, 1 to 1000",
         ),
         (
             "ar_buckets = ['1:1']",
@@ -279,25 +279,25 @@ def test_a_bad_key_of_the_dataset(line, message):
 
 
 def test_a_bad_key_of_a_directory_names_its_own_line():
-    text = DATASET + "[[directory]]\npath = 'b'\nresolutions = [0]\nmask_path = 'masks'\n"
-    text += "weight = 0.5\nis_regularization = true\n"
+    text = DATASET + "[[directory]]\npath = 'b'\nresolutions = [0]\ncontrol_path = 'masks'\nweight = 0\n"
     assert complaints(dataset=text) == [
         "dataset.toml:8: directory[1].resolutions = [0] is not a list of resolutions; "
         "use sides of a square in pixels: [512], or [width, height] pairs: [[832, 480]]",
-        "dataset.toml:9: directory[1].mask_path = 'masks' is not supported yet; remove it",
-        "dataset.toml:10: directory[1].weight = 0.5 is not supported yet; "
-        "remove it; num_repeats says how often clips are used",
-        "dataset.toml:11: directory[1].is_regularization = true is not supported yet; "
-        "remove it; the clips can be trained on like others",
+        "dataset.toml:9: directory[1].control_path = 'masks' is not supported yet; remove it",
+        "dataset.toml:10: directory[1].weight = 0 is no weight; use a number above 0, or remove the [[directory]] to "
+        "train without it",
     ]
 
 
 def test_a_dataset_without_folders():
     assert complaints(dataset="resolutions = [64]\n") == [
-        "dataset.toml: directory is missing; add it (One or more folders)"
+        "dataset.toml: directory is missing; add it (One or more folders, each begun with [[directory]] and its path)"
     ]
     assert complaints(dataset="directory = []\n") == [
         "dataset.toml:1: directory = [] is empty; add a [[directory]] with a path"
+    ]
+    assert complaints(dataset="[directory]\npath = 'a'\n") == [
+        "dataset.toml:1: [directory] is one table, and not a list of them; write [[directory]]"
     ]
 
 
@@ -353,6 +353,11 @@ type = 'adamw'
         (
             "a = ['x', {b = 1, c = 2}]\n",
             "run.toml: is not valid TOML: a list mixes kinds of values; write all of its items alike",
+        ),
+        (
+            'a = "C:\\clips"\n',
+            'run.toml:1: is not valid TOML: a = "C:\\clips": '
+            "in double quotes a \\ begins an escape; write the path in single quotes",
         ),
         (
             "wandb_api_key = verysecret\n",

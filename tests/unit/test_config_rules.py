@@ -61,6 +61,17 @@ def test_rules_of_the_run(lines, world_size, message):
     assert check_rules(load(top(*lines), eval=DATASET), world_size, SPEC) == [message]
 
 
+def test_batches_are_of_so_many_clips_or_of_so_many_tokens():
+    lines = ("max_tokens_per_gpu = 4096", "micro_batch_size_per_gpu = 1", "image_micro_batch_size_per_gpu = [[512, 4]]")
+    ends = "and max_tokens_per_gpu = 4096 both say how many clips go through the model at once; remove one of them"
+    assert check_rules(load(top(*lines)), 1, SPEC) == [
+        f"run.toml:2: micro_batch_size_per_gpu = 1 {ends}",
+        f"run.toml:3: image_micro_batch_size_per_gpu = [[512, 4]] {ends}",
+    ]
+    evaluation = ("eval_micro_batch_size_per_gpu = 2", "image_eval_micro_batch_size_per_gpu = 4")
+    assert check_rules(load(top(lines[0], *evaluation)), 1, SPEC) == []
+
+
 def test_a_manual_split_that_fits():
     loaded = load(top("partition_split = [4, 8]", "partition_method = 'manual'", "pipeline_stages = 3"))
     assert check_rules(loaded, 6, SPEC) == []
@@ -317,12 +328,13 @@ def test_a_starting_adapter_for_each_expert_is_looked_for():
 def test_all_missing_paths_are_named_with_their_keys():
     Path("file").touch()
     run = RUN.replace("rank = 8", "rank = 8\ninit_from_existing = '/gone/lora'").replace("'runs'", "'file'")
-    loaded = load(run, DATASET + "[[directory]]\npath = 'file'\n")
+    loaded = load(run, DATASET + "[[directory]]\npath = 'file'\nmask_path = 'masks'\ndefault_mask_file = 'file'\n")
     expected = [
         "run.toml:1: output_dir = 'file' is a file; name a folder",
         "run.toml:14: adapter.init_from_existing = '/gone/lora' does not exist",
         f"run.toml:9: model.ckpt_path = 'weights' does not exist (seen from {Path.cwd()})",
         f"dataset.toml:5: directory[0].path = 'clips' does not exist (seen from {Path.cwd()})",
+        f"dataset.toml:8: directory[1].mask_path = 'masks' does not exist (seen from {Path.cwd()})",
         "dataset.toml:7: directory[1].path = 'file' is a file; "
         "name a folder, or a file that ends in .csv, .jsonl, .tar",
     ]

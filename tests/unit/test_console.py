@@ -67,6 +67,9 @@ def test_banner_of_several_batch_sizes_has_a_total_and_a_line_each():
 TABLES = {
     "stages": stage_table([StageRow(0, 0, 16, 720_000_000, 11_200_000, 1_490_000_000, (0, 1))]),
     "buckets": bucket_table([BucketRow("1280x720x81", 38, 8, 4, 6, 75600)]),
+    "loads": bucket_table(
+        [BucketRow("1280x720x1", 1200, 128, 40, 64, 3600, 64), BucketRow("832x480x81", 1, 1, 1, 0, 9)]
+    ),
     "skipped": skipped_table([("long_name_" * 9 + ".mp4", "60 frames at 24 fps = 40 frames at 16 fps " * 2)]),
     "warnings": warning_table([("long_name_" * 9 + ".mp4", "scene cut", "another scene begins " * 6)]),
 }
@@ -97,6 +100,7 @@ def test_tables_hold_their_values():
     assert "ranks" not in shown(stage_table([StageRow(0, 0, 1, 1, 1, 1)]))
     buckets = shown(TABLES["buckets"])
     assert all(cell in buckets for cell in ("1280x720x81", "38", "75 600", "carried over"))
+    assert "64 x 3 600 = 230 400" in shown(TABLES["loads"])
 
 
 def test_warnings_that_all_clips_have_do_not_hide_the_others():

@@ -1,5 +1,8 @@
 """Entries and draws to what a family is given: merged tensors, and randomness that is a function of the sample."""
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -12,11 +15,17 @@ from utils.data.records import Bucket, Entry
 KINDS = ("latents", "condition", "image")
 
 
+class Given(NamedTuple):
+    samples: list
+    draws: list
+    weights: torch.Tensor | None = None
+
+
 class Recorder:
     """Stands where a family does and gives back what it was given."""
 
     def micro_batch(self, samples, draws):
-        return list(samples), list(draws)
+        return Given(list(samples), list(draws))
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def dataset(tmp_path):
 
 
 def test_a_sample_has_what_every_encoder_made(dataset):
-    [sample], _ = dataset.training_batch([Item(0, 0)])
+    [sample], _, _ = dataset.training_batch([Item(0, 0)])
     assert {name: tensor.item() for name, tensor in sample.items() if name != "text"} == {
         "latents": 0,
         "condition": 1,
@@ -46,7 +55,7 @@ def test_a_sample_has_what_every_encoder_made(dataset):
 
 
 def test_draws_depend_on_the_sample_and_its_turn_alone(dataset):
-    _, draws = dataset.training_batch([Item(3, 0), Item(3, 1), Item(4, 0)])
+    _, draws, _ = dataset.training_batch([Item(3, 0), Item(3, 1), Item(4, 0)])
     assert dataset.training_batch([Item(4, 0)])[1] == draws[2:]
     assert all(len({draw[field] for draw in draws}) == 3 for field in range(3))
     path = (7, "sample3", 0, 1)
@@ -55,6 +64,13 @@ def test_draws_depend_on_the_sample_and_its_turn_alone(dataset):
     )
     choices = [draw.choice for draw in dataset.training_batch([Item(i, 0) for i in range(200)])[1]]
     assert 0.4 < sum(choices) / 200 < 0.6 and 0 < min(choices) < 0.1 and 0.9 < max(choices) < 1
+
+
+def test_what_a_sample_counts_is_for_training_alone(dataset):
+    dataset.entries = [replace(entry, weight=0.5 + i) for i, entry in enumerate(dataset.entries)]
+    counted = dataset.training_batch([Item(2, 0), Item(0, 3)]).weights
+    assert counted.dtype == torch.float32 and counted.tolist() == [2.5, 0.5]
+    assert dataset.eval_batch([EvalItem(2, 0.5)]).weights is None, "as the family made it"
 
 
 def test_a_damaged_entry_goes_so_that_the_next_start_makes_it_anew(dataset):
@@ -78,7 +94,7 @@ def test_noise_and_quantile_are_what_they_were_in_the_first_release():
 
 def test_a_held_out_sample_is_the_same_task_at_every_quantile(dataset):
     quantiles = [i / 10 for i in range(1, 10)]
-    _, draws = dataset.eval_batch([EvalItem(5, quantile) for quantile in quantiles])
+    _, draws, _ = dataset.eval_batch([EvalItem(5, quantile) for quantile in quantiles])
     assert [draw.quantile for draw in draws] == quantiles
     assert len({draw.choice for draw in draws}) == 1 and len({draw.seed for draw in draws}) == 9
     assert dataset.eval_batch([EvalItem(5, 0.3)])[1] == [draws[2]]

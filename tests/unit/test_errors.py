@@ -5,7 +5,8 @@ import socket
 import pytest
 
 from utils.train import errors
-from utils.train.engine import NonFiniteError, init_distributed
+from utils.train.engine import init_distributed
+from utils.train.nonfinite import NonFiniteError
 
 GONE = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:4806")
 

@@ -18,7 +18,7 @@ from utils.data.loader import StepLoader
 from utils.data.plan import BatchShape, EpochPlan
 from utils.data.records import Bucket, Entry
 from utils.monitor.console import StageRow, StepReport, live_text, stage_table
-from utils.train import checkpoint, experts
+from utils.train import checkpoint_read, checkpoint_write, experts
 from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings
 from utils.train.checkpoint import CheckpointError, Part
 from utils.train.evaluate import EvalResult, Evaluation
@@ -168,7 +168,7 @@ class TestCheckpoint:
 
     def save(self, folder: Path, parts: dict[str, Part]) -> Path:
         place = {"stage": 0, "data_rank": 0, "keep_last": None}
-        return checkpoint.save(folder, TrainState(3, 6), epochs_done=0, course={}, meters={}, parts=parts, **place)
+        return checkpoint_write.save(folder, TrainState(3, 6), epochs_done=0, course={}, meters={}, parts=parts, **place)
 
     def test_each_gets_its_own_back(self, tmp_path):
         saved, fresh = ({"early": self.part(a), "late": self.part(b)} for a, b in ((1.0, 2.0), (0.0, 0.0)))
@@ -180,7 +180,7 @@ class TestCheckpoint:
             "state.json",
             *(f"weights_{name}_00.safetensors" for name in SHARES),
         ]
-        checkpoint.load(folder, fresh)
+        checkpoint_read.load(folder, fresh)
         for name in SHARES:
             assert torch.equal(fresh[name].trained["a"], saved[name].trained["a"])
             states = [next(iter(part[name].optimizer.state.values())) for part in (fresh, saved)]
@@ -192,9 +192,9 @@ class TestCheckpoint:
         (tmp_path / "both").mkdir()
         (tmp_path / "one").mkdir()
         with pytest.raises(CheckpointError, match=r"holds the experts early, late, and this run trains one model"):
-            checkpoint.load(self.save(tmp_path / "both", both), one)
+            checkpoint_read.load(self.save(tmp_path / "both", both), one)
         with pytest.raises(CheckpointError, match=r"holds one model, and this run trains the experts early, late"):
-            checkpoint.load(self.save(tmp_path / "one", one), both)
+            checkpoint_read.load(self.save(tmp_path / "one", one), both)
 
     def test_one_model_is_written_as_it_was_before_there_were_experts(self, tmp_path):
         folder = self.save(tmp_path, {"": self.part(1.0)})

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from models.weights import write_safetensors
@@ -56,6 +56,18 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o644
 
 
+def test_equal_content_makes_equal_files(tmp_path):
+    told, tensors = {f"key {n}": 'é "\n' * n for n in range(8)}, {"w": torch.arange(3.0), "b": torch.ones(2).bfloat16()}
+    for name in "abcd":
+        write_safetensors(tmp_path / name, tensors, told)
+    (content,) = {(tmp_path / name).read_bytes() for name in "abcd"}
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == told
+        assert all(file.get_tensor(name).equal(tensor) for name, tensor in tensors.items())
+    assert list(told) == sorted(told)
+    assert content.index(b"key 0") < content.index(b"key 7")
+
+
 def test_what_the_library_says_of_a_failed_write_is_an_os_error(tmp_path, monkeypatch):
     def full(*_, **__):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -63,3 +75,12 @@ def test_what_the_library_says_of_a_failed_write_is_an_os_error(tmp_path, monkey
     monkeypatch.setattr("models.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_safetensors(tmp_path / "a.safetensors", {"w": torch.zeros(1)})
+
+
+def test_numbers_that_the_saved_dtype_cannot_hold_are_refused(tmp_path, caplog):
+    settings = {"is_adapter": False, "stage": 0, "data_rank": 0, "metadata": {}, "extras": lambda folder: None}
+    model = Model(Family(), {"a": nn.Parameter(torch.ones(2)), "w": nn.Parameter(torch.tensor([1.0, 7e4]))})
+    assert export([model], tmp_path / "step1", dtype=torch.float16, **settings) is None
+    assert "w is not finite in torch.float16; set save_dtype = 'bfloat16' or 'float32'; training goes on" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    assert export([model], tmp_path / "step1", dtype=torch.bfloat16, **settings) is not None

@@ -112,6 +112,23 @@ def test_a_weighted_loss_is_a_weighted_mean():
     assert loss.tolist() == pytest.approx([(4 + 9) / 2, (1 + 27) / 4])
 
 
+@pytest.mark.parametrize("huber", [None, 0.5])
+def test_a_mask_scales_errors_and_the_mean_stays_over_all(huber):
+    prediction = seeded_noise((2, 4, 3, 2, 5), 0).requires_grad_()
+    target, mask = seeded_noise((2, 4, 3, 2, 5), 1), seeded_noise((2, 1, 3, 2, 5), 2).clamp(0, 1)
+    difference = (prediction - target).detach()
+    error = difference.square() if huber is None else (difference.square() + huber**2).sqrt() - huber
+    loss = flow_loss(prediction, target, huber, mask=mask)
+    torch.testing.assert_close(loss, (error * mask).mean(dim=(1, 2, 3, 4)))
+    loss.sum().backward()
+    assert ((prediction.grad == 0) == (mask == 0).expand_as(target)).all()
+
+    weight = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])[:, None, :, None, None]
+    both = flow_loss(prediction, target, huber, weight, mask)
+    torch.testing.assert_close(both[0], (error * mask)[0, :, 1:].mean(), msg="of a given frame nothing is in the mean")
+    torch.testing.assert_close(both[1], loss[1])
+
+
 def test_loss_is_one_number_a_sample_in_float32():
     prediction, target = torch.zeros(2, 3, 4, dtype=torch.bfloat16), torch.ones(2, 3, 4)
     target[1] = 3

@@ -162,6 +162,21 @@ def test_a_quote_left_open_is_named_with_all_the_lines_that_it_takes(folder):
     ]
 
 
+def test_weights(folder):
+    rows = [{"path": name, "caption": "x", "weight": weight} for name, weight in (("a.mp4", 2), ("b.mp4", 0.5))]
+    media, _ = look(jsonl(folder, *rows, {"path": "c.png", "caption": "x", "weight": None}))
+    assert [file.weight for file in media] == [2, 0.5, 1]
+    text = "path,caption,weight\na.mp4,x,0.25\nb.mp4,x,\nc.png,x,0\na.mp4,x,-1\nb.mp4,x,nan\nc.png,x,much\n"
+    media, skipped = look(csv(folder, text))
+    assert [(file.path.name, file.weight) for file in media] == [("a.mp4", 0.25), ("b.mp4", 1)]
+    mend = "write a number above 0, or remove the row to train without it"
+    lines = enumerate((("c.png", "0"), ("a.mp4", "-1"), ("b.mp4", "nan"), ("c.png", "much")), start=4)
+    assert [(str(item), item.bad) for item in skipped] == [
+        (f"{name}: line {line} of clips.csv: its weight is {value!r}; {mend}", True) for line, (name, value) in lines
+    ]
+    assert "true" in str(look(jsonl(folder, {"path": "a.mp4", "caption": "x", "weight": True}))[1][0]).lower()
+
+
 def test_columns_without_effect_are_named(folder):
     path = jsonl(folder, {"path": "a.mp4", "caption": "x", "id": 1}, {"path": "b.mp4", "caption": "x", "captoin": ""})
     assert scan_notices(path).notices == [f"{path}: columns without effect: captoin, id"]
@@ -173,7 +188,11 @@ def test_columns_without_effect_are_named(folder):
         ("file,caption\na.mp4,x\n", "has no column 'path'; its first line must name the columns, and has: 'file,capt"),
         ("", "has no column 'path'"),
         ("path,start,start\na.mp4,1,2\n", "has the column start more than once"),
-        ("path,weight\na.mp4,2\n", "line 2: column 'weight' is not supported yet; remove it"),
+        (
+            "path,is_regularization\na.mp4,true\n",
+            r"line 2: column 'is_regularization' is not for single clips; give such clips a \[\[directory\]\] of its "
+            "own with is_regularization = true, and remove the column",
+        ),
     ],
 )
 def test_a_csv_that_cannot_be_used(folder, text, message):

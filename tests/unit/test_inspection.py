@@ -107,6 +107,8 @@ def test_files_are_looked_at_once(tmp_path):
     assert reasons == {}
     assert set(looks) == {view_of(clip) for clip in clips}
     assert looks[view_of(clips[0])] == inspect(clips[0])
+    written = (tmp_path / "looks.jsonl").read_text().splitlines()
+    assert len([line for line in written if line]) == 3, "a line a file, whatever the number of its clips"
 
     paths[0].write_bytes(b"")  # it would fail now
     index.put(paths[0], {view_of(clips[0]): looks[view_of(clips[0])], view_of(clips[3]): looks[view_of(clips[3])]})

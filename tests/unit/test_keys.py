@@ -1,5 +1,6 @@
 """Names of cache entries and samples: what they were before, they stay, or every cache in the world is void."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -81,3 +82,10 @@ def test_wan_fingerprints_are_what_they_were():
         "max_length": 512,
         "files": [str(umt5), str(tokenizer / "tokenizer.json")],
     }
+
+
+def test_special_pixels_have_names_of_their_own(keys_of):
+    keys = keys_of(ConvEncoder, ByteEncoder)
+    special = [replace(CLIP, media=replace(MEDIA, special=special)) for special in ("pq", "hlg", "alpha")]
+    assert len({LATENTS, *(name for clip in special for name in keys.media(clip))}) == 4
+    assert len({SAMPLE, *map(keys.sample, special)}) == 4

@@ -178,7 +178,7 @@ def test_colours_are_full_range_and_follow_the_matrix_tag(tmp_path):
 
 def test_images(tmp_path):
     found = probe(write_image(tmp_path / "a.png"))
-    assert found == (64, 48, 1, 0, 0, False)
+    assert found == (64, 48, 1, 0, 0, False, "")
 
     translucent = write_image(tmp_path / "b.png", colour=(255, 0, 0, 0))
     pixels = decode_clip(translucent, False, Fraction(0), Fraction(0), 1, 32, 32)
@@ -189,10 +189,15 @@ def test_images(tmp_path):
     assert np.unique(decode_clip(tmp_path / "deep.png", False, Fraction(0), Fraction(0), 1, 32, 32)).tolist() == [128]
 
     sideways = Image.new("RGB", (64, 32))
+    sideways.paste((255, 255, 255), (0, 0, 32, 32))
     exif = sideways.getexif()
-    exif[0x0112] = 6
-    sideways.save(tmp_path / "c.jpg", exif=exif)
-    assert probe(tmp_path / "c.jpg")[:2] == (32, 64)
+    exif[0x0112] = 6  # to be turned clockwise: what is left is then above
+    for suffix in ("jpg", "png", "webp", "tif", "avif"):
+        path = tmp_path / f"c.{suffix}"
+        sideways.save(path, exif=exif)
+        assert probe(path)[:2] == (32, 64), suffix
+        shown = decode_clip(path, False, Fraction(0), Fraction(0), 1, 32, 64)[0, [16, 48], 16, 0]
+        assert shown[0] > 250 and shown[1] < 5, suffix
 
 
 def test_animations(tmp_path):
@@ -201,7 +206,7 @@ def test_animations(tmp_path):
         path = tmp_path / f"a.{suffix}"
         options = {"gif": {}, "png": {}, "webp": {"lossless": True}, "avif": {"quality": 100}}[suffix]
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, **options)
-        assert probe(path) == (64, 48, 8, 10, Fraction(4, 5), True), suffix
+        assert probe(path) == (64, 48, 8, 10, Fraction(4, 5), True, ""), suffix
         shown = decode_clip(path, True, Fraction(0), Fraction(10), 8, 32, 32)[:, 9, 9, 0].astype(int)
         assert abs(shown - [30 * i for i in range(8)]).max() <= (1 if suffix == "avif" else 0), suffix
 
@@ -224,6 +229,26 @@ def test_an_animation_keeps_its_own_time_and_lies_on_white(tmp_path):
     assert seen(0, 20, 14, fill=Fill("loop", 12)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 0, 0]
     with pytest.raises(MediaError, match="ends too early: frame 13 of 13"):
         seen(0, 20, 13)
+
+
+@pytest.mark.parametrize("disposal", [0, 1, 2, 3])
+def test_a_gifs_clear_parts_and_disposal(tmp_path, disposal):
+    """FFmpeg's pictures are Pillow's, laid on white."""
+    frames = []
+    for i in range(4):
+        picture = np.zeros((48, 64, 4), np.uint8)
+        picture[8:40, 8 + 4 * i : 24 + 4 * i] = (200, 30, 60, 255)
+        frames.append(Image.fromarray(picture))
+    path = tmp_path / "a.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, disposal=disposal, transparency=0)
+    assert probe(path).special == ""
+    shown = decode_clip(path, True, Fraction(0), Fraction(10), 4, 64, 48)
+    with Image.open(path) as image:
+        for number, picture in enumerate(shown):
+            image.seek(number)
+            white = Image.new("RGBA", image.size, "white")
+            white.alpha_composite(image.convert("RGBA"))
+            assert np.array_equal(picture, np.asarray(white.convert("RGB")))
 
 
 def test_an_animation_under_a_stills_name_is_refused(tmp_path):

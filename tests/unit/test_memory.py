@@ -42,6 +42,8 @@ def test_advice_goes_by_what_is_set():
     told = advice("activation_checkpointing = true", "micro_batch_size_per_gpu = 4", samples=4)
     assert keys(told)[:3] == ["[model] transformer_dtype", "micro_batch_size_per_gpu", "activation_checkpointing"]
     assert "gradient_accumulation_steps = 2 for the same batch" in told[1]
+    told = advice("activation_checkpointing = true", "max_tokens_per_gpu = 4096", samples=4)
+    assert told[1].startswith("max_tokens_per_gpu = 2048 (now 4096, 4 samples here), with gradient_accumulation_steps")
     assert "'offload'" in told[2]
     told = advice("activation_checkpointing = 'offload'", "pipeline_stages = 2", frames=1)
     assert keys(told)[:2] == ["[model] transformer_dtype", "pipeline_stages"]

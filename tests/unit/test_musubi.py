@@ -1,5 +1,6 @@
 """A musubi-tuner dataset TOML runs as written, and what is wrong with one is told in its own words."""
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from utils.config.load import ConfigError, load_dataset, resolved_dataset_toml
 from utils.config.musubi import shapes
 from utils.config.rules import advice, check_paths, check_rules
 from utils.data.buckets import bucket_table
+from utils.data.cache import CacheStore
+from utils.data.manifest import cut_dataset
 from utils.train import preview
 
 # As musubi-tuner's users write it, but for the paths.
@@ -101,7 +104,7 @@ def test_it_runs_as_written(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         write_image(tmp_path / name / "still.png", size=(90, 60))
         write_video(tmp_path / name / "wide.mp4", 60, fps=30, size=(160, 90), grain=True)
-        write_video(tmp_path / name / "brief.mp4", 24, size=(64, 96), grain=True)
+        write_video(tmp_path / name / "brief.mp4", 12, size=(64, 96), grain=True)
         for path in (tmp_path / name).glob("*.*"):
             path.with_suffix(".txt").write_text("seen")
     Path("run.toml").write_text(PLAN_RUN)
@@ -113,23 +116,24 @@ def test_it_runs_as_written(tmp_path, monkeypatch):
     found = [(clip.group, clip.media.path.name, clip.bucket, float(clip.start)) for _, clip in survey.clips]
     assert found == [
         (0, "still.png", (944, 624, 1), 0),
-        (1, "brief.mp4", (464, 688, 21), 0),
+        (1, "brief.mp4", (464, 688, 1), 0),  # of 12 frames: too few for 21
         (1, "wide.mp4", (768, 416, 21), 0),
+        (1, "wide.mp4", (768, 416, 1), 0),
         (2, "wide.mp4", (384, 208, 45), 0),
         (2, "wide.mp4", (384, 208, 45), 15 / 16),  # of 60 frames, though at 16 a second there were 32
     ]
     assert sorted((str(item.path.parent.name), str(item)) for _, item in survey.skipped) == [
-        ("clips", "brief.mp4: 24 frames at 16 fps; the smallest video bucket is 45"),
+        ("clips", "brief.mp4: 12 frames at 16 fps; the smallest video bucket is 45"),
         ("clips", "still.png: is an image, and of this folder only videos are used"),
         ("clips", "still.png: is an image, and of this folder only videos are used"),
         ("photos", "brief.mp4: is a video, and of this folder only images are used"),
         ("photos", "wide.mp4: is a video, and of this folder only images are used"),
     ]
-    assert survey.plan.first_step(2) == 5
+    assert survey.notices == ["clips: 1 video fills no bucket: stills alone"]
+    assert survey.plan.first_step(2) == 6
     assert survey.loaded.notices == [
         "dataset.toml:9: cache_directory has no effect: cache_dir in the run TOML holds all entries"
         + " (the same in 2 more places)",
-        "dataset.toml:16: target_frames has 1, and no stills are made of videos here: its other lengths are used",
         f"dataset.toml:12: {NATIVE} (the same in 1 more place)",
     ]
 
@@ -174,6 +178,61 @@ def test_every_key_arrives():
     assert (uniform.video_clip_mode, uniform.frame_sample) == ("uniform", 4)
 
 
+@pytest.mark.parametrize(
+    ("lines", "stills", "lengths"),
+    [
+        (("target_frames = [1, 21]",), True, (1, 21)),
+        (("target_frames = [1]",), True, (1,)),
+        ((), True, (1,)),  # as there: target_frames is then [1]
+        (("target_frames = [3]",), True, (1,)),  # rounded down
+        (("target_frames = [21]",), False, (1, 21)),
+        (("frame_extraction = 'full'", "target_frames = [1]"), False, (1,)),  # there it is not read with 'full'
+    ],
+)
+def test_a_target_of_one_frame_makes_stills(lines, stills, lengths):
+    [clips] = read(video(*lines))
+    assert (clips.stills, clips.frame_buckets) == (stills, lengths)
+
+
+def test_a_model_of_videos_alone_takes_no_stills():
+    loaded = load(dataset=video("target_frames = [1, 9]", "source_fps = 16.0"))
+    assert advice(loaded, SPEC) == []
+    assert advice(loaded, SPEC._replace(images=False)) == [
+        "dataset.toml:4: datasets[0].target_frames: directory[0].stills = true has no effect: "
+        "this model trains on videos and takes no single frames"
+    ]
+    (refused,) = check_rules(load(dataset=video("target_frames = [1]")), 1, SPEC._replace(images=False))
+    assert refused.startswith("dataset.toml:4: datasets[0].target_frames: directory[0].frame_buckets has no length for")
+
+
+def test_lists_are_taken_as_they_are(tmp_path):
+    """Paths are seen from here; where there is nothing, from the list's own folder."""
+    (tmp_path / "lists").mkdir()
+    for path in ("here.mp4", "lists/there.mp4", "both.mp4", "lists/both.mp4"):
+        write_video(tmp_path / path, 12, size=(64, 48))
+    write_image(tmp_path / "still.png")
+    write_image(tmp_path / "odd.png")
+    rows = [{"video_path": name, "caption": f"of {name}"} for name in ("here.mp4", "there.mp4", "both.mp4", "odd.png")]
+    Path("lists/videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("lists/images.jsonl").write_text(json.dumps({"image_path": "still.png", "caption": "of it"}) + "\n\n")
+    text = "[general]\nresolution = 64\n[[datasets]]\nvideo_jsonl_file = 'lists/videos.jsonl'\ntarget_frames = [9]\n"
+    folders = read(text + "[[datasets]]\nimage_jsonl_file = 'lists/images.jsonl'\n")
+    assert [(source.path, source.media) for source in folders] == [
+        (Path("lists/videos.jsonl"), "videos"),
+        (Path("lists/images.jsonl"), "images"),
+    ]
+    assert not [told for told in check_paths(load(dataset=text)) if "directory[0]" in told]
+    cut = cut_dataset(folders, spec=SPEC, clip_mode="head", store=CacheStore(tmp_path / "cache"), workers=0)
+    assert [(str(clip.media.path), clip.media.captions) for clip in cut.clips] == [
+        ("here.mp4", ("of here.mp4",)),
+        ("lists/there.mp4", ("of there.mp4",)),
+        ("both.mp4", ("of both.mp4",)),
+        ("still.png", ("of it",)),
+    ]
+    assert [str(item) for item in cut.skipped] == ["odd.png: is an image, and of this folder only videos are used"]
+    assert cut.notices == []
+
+
 def test_what_general_says_holds_unless_said_otherwise():
     general = ("resolution = [640, 352]", "num_repeats = 2", "target_frames = [9]")
     text = video("num_repeats = 5", general=general) + "[[datasets]]\nimage_directory = 'photos'\n"
@@ -209,10 +268,7 @@ def test_what_was_resolved_loads_again():
         ),
         ("batch_size = 2", None),
         ("batch_size = 1", None),
-        (
-            "bucket_no_upscale = true",
-            "bucket_no_upscale = true has no effect: what is smaller than its bucket is enlarged to it",
-        ),
+        ("bucket_no_upscale = true", None),
         ("enable_bucket = true", None),
         (
             "enable_bucket = false",
@@ -225,6 +281,22 @@ def test_what_is_said_of_a_key(line, said):
     text = video("source_fps = 16.0", line, *() if "target" in line else ("target_frames = [9]",))
     loaded = load(run="micro_batch_size_per_gpu = 2\n" + RUN, dataset=text)
     assert loaded.notices == ([f"dataset.toml:5: {said}"] if said else [])
+
+
+@pytest.mark.parametrize("sorted_by_shape", [True, False])
+def test_small_files_are_not_enlarged_where_they_are_sorted_by_shape(sorted_by_shape):
+    bucket = f"enable_bucket = {str(sorted_by_shape).lower()}"
+    text = f"[[datasets]]\nimage_directory = 'photos'\nbucket_no_upscale = true\n{bucket}\n"
+    loaded = load(dataset=text)
+    assert loaded.dataset.directory[0].bucket_no_upscale is sorted_by_shape
+    said = "dataset.toml:3: bucket_no_upscale = true has no effect without enable_bucket, as in musubi-tuner"
+    assert loaded.notices == ([] if sorted_by_shape else [said])
+
+
+def test_batch_size_gives_way_to_a_budget_of_tokens():
+    text = video("source_fps = 16.0", "batch_size = 4", "target_frames = [9]")
+    said = "batch_size = 4 has no effect: max_tokens_per_gpu = 4096 in the run TOML holds"
+    assert load(run="max_tokens_per_gpu = 4096\n" + RUN, dataset=text).notices == [f"dataset.toml:5: {said}"]
 
 
 def test_later_checks_name_the_file_s_own_key_and_line():
@@ -250,23 +322,23 @@ def test_later_checks_name_the_file_s_own_key_and_line():
         (video("target_frames = [9]", "resolution = 'big'"), "5: datasets[0].resolution = 'big' is not a resolution; "),
         (video("target_frames = []"), "4: datasets[0].target_frames = [] is not a list of frame counts; "),
         (video("target_frame = [9]"), "4: unknown key 'datasets[0].target_frame' = [9]; did you mean 'target_frames'?"),
-        (video("target_frames = [1, 3]"), "4: datasets[0].target_frames = [1, 3] gives stills of videos, "),
-        (video(), "2: [datasets[0]] has no target_frames, which gives stills of videos, and such are not "),
-        (video("source_fps = 0.0"), "4: datasets[0].source_fps = 0.0 is too small; use more than 0"),
+        (
+            video("flip = true"),
+            "4: unknown key 'datasets[0].flip' = true; it belongs in a dataset TOML of this trainer, with a [[directory]] ",
+        ),
+        (video("source_fps = 0.0"), "4: datasets[0].source_fps = 0.0 is too small; use 1 or more"),
+        (video("source_fps = 100000.0"), "4: datasets[0].source_fps = 100000.0 is too large; use 1000 or less"),
         (video("frame_extraction = 'tail'"), "4: datasets[0].frame_extraction = 'tail' is not known; use 'head', "),
         (video(general=["resolution = [1, 2, 3]"]), "2: general.resolution = [1, 2, 3] is not a resolution; "),
-        (video("image_directory = 'b'"), "2: [datasets[0]] has both video_directory and image_directory; make it two"),
+        (video("image_directory = 'b'"), "2: [datasets[0]] has video_directory and image_directory; give each a "),
+        (image("image_jsonl_file = 'b'"), "2: [datasets[0]] has image_directory and image_jsonl_file; give each a "),
         (video("control_directory = 'b'"), "4: datasets[0].control_directory = 'b' is not supported yet; control "),
         (video("fp_latent_window_size = 9"), "4: datasets[0].fp_latent_window_size = 9 is not supported yet; "),
         (image("multiple_target = true"), "4: datasets[0].multiple_target = true is not supported yet; it is for "),
         (image("flux_kontext_no_resize_control = true"), "4: datasets[0].flux_kontext_no_resize_control = true is "),
-        (image("target_frames = [9]"), "4: datasets[0].target_frames is for a video_directory; remove it"),
+        (image("target_frames = [9]"), "4: datasets[0].target_frames is for videos, and this has image_directory; re"),
         ("[general]\n[[datasets]]\nresolution = 512\n", "2: [datasets[0]] has no folder; add a video_directory or an "),
-        (
-            "[[datasets]]\nvideo_jsonl_file = 'a.jsonl'\n",
-            "2: datasets[0].video_jsonl_file = 'a.jsonl' is not supported yet; rename video_path in its rows to path, ",
-        ),
-        ("[general]\nresolution = 512\n", " datasets is missing; add it (One or more folders)"),
+        ("[general]\nresolution = 512\n", " datasets is missing; add it (One or more folders, each begun with [[datasets]])"),
         (
             "[datasets]\nvideo_directory = 'a'\n",
             "1: [datasets] holds no list of folders; begin each with [[datasets]], ",

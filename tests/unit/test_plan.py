@@ -10,6 +10,13 @@ from utils.data.records import Bucket, Entry
 
 SMALL, LARGE = Bucket(64, 64, 1), Bucket(128, 64, 9)
 
+# (frames of the bucket, (entry, turn) of each sample) of the first steps, as the first release took them
+ORDER = [
+    (1, [(2, 0), (13, 0), (6, 0), (0, 0)]),
+    (1, [(4, 0), (1, 0), (5, 0), (3, 0)]),
+    (9, [(10, 0), (7, 0), (8, 0), (11, 0)]),
+]
+
 
 def entries(counts: dict[tuple[Bucket, int], int]) -> list[Entry]:
     return [
@@ -47,6 +54,12 @@ def test_every_sample_is_used_equally_but_for_the_part_of_a_batch_left_at_the_en
     assert drawn - 2 * 3 <= total <= drawn
 
 
+def test_a_part_of_very_few_clips_is_none_in_some_epochs():
+    p = plan({(SMALL, 0): 2, (SMALL, 1): 40}, repeats=(0.3, 1.0), shape=BatchShape(1, 4, 1))
+    counter = used(p, p.first_step(11))
+    assert counter[0] + counter[1] == 6, "ten times 0.3 of two clips"
+
+
 def test_nothing_is_left_over_once_epochs_fill_whole_batches():
     p = plan({(SMALL, 0): 6}, shape=BatchShape(1, 4, 1))
     assert [p.first_step(e) for e in (1, 2, 3, 4, 5)] == [0, 1, 3, 4, 6]
@@ -59,6 +72,12 @@ def test_a_sample_comes_at_most_once_a_turn_and_turns_are_numbered():
     items = [item for s in range(20) for item in p.step(s).items]
     assert len(set(items)) == len(items)
     assert {item.turn for item in items if item.entry == 0} == set(range(16))
+
+
+def test_the_order_is_what_it_was():
+    p = plan({(SMALL, 0): 7, (LARGE, 0): 5, (SMALL, 1): 3}, repeats=(1.5, 0.5))
+    told = [(s.bucket.frames, [tuple(item) for item in s.items]) for s in map(p.step, range(3))]
+    assert told == ORDER, "else runs go on in another order than they began in"
 
 
 def test_the_cut_does_not_change_what_is_in_a_step():

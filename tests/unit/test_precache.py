@@ -32,7 +32,11 @@ CPU = torch.device("cpu")
 class Settings(Shapes):
     path: Path = Path()
     num_repeats: float = 1.0
+    weight: float = 1.0
+    is_regularization: bool = False
     recursive: bool = False
+    mask_path: Path | None = None
+    default_mask_file: Path | None = None
     media: str = "all"
     caption_extension: str = ".txt"
     skip_empty_caption: bool = True
@@ -238,7 +242,9 @@ def test_train_and_eval_share_what_is_equal(bench, tmp_path):
 
 def test_a_manifest_survives_the_disk(bench, tmp_path):
     (bench.data / "notes.pdf").write_text("x")
-    manifest = bench.manifest(Settings(path=bench.data, num_repeats=1.5), clip_mode="single_middle")
+    settings = Settings(path=bench.data, num_repeats=1.5, weight=0.5, is_regularization=True)
+    manifest = bench.manifest(settings, clip_mode="single_middle")
+    assert {entry.weight for entry in manifest.entries} == {0.5}
     manifest.save(tmp_path / "manifest.json")
     assert Manifest.load(tmp_path / "manifest.json") == manifest
     assert (manifest.counts["latents"], manifest.counts["text"]) == ((5, 0), (5, 0))
@@ -251,6 +257,8 @@ def test_sample_ids_follow_content_captions_and_shape_but_no_encoder(bench):
 
     before = ids(bench.manifest())
     assert len(set(before)) == 5
+    other_use = bench.manifest(Settings(path=bench.data, weight=0.5, is_regularization=True))
+    assert ids(other_use) == before and other_use.jobs == bench.manifest().jobs
     bench.vae.write_text("another vae")
     assert ids(bench.manifest()) == before
     (bench.data / "clip1.txt").write_text("another caption")
@@ -294,7 +302,7 @@ def spoil(path):
 
 def test_a_clip_that_breaks_while_decoding_is_named_after_all_others_are_done(bench):
     spoil(bench.clip("spoilt.mp4", 30, caption="clip 0"))
-    with pytest.raises(ValueError, match=r"1 clips cannot be decoded .skip_bad_media = true") as caught:
+    with pytest.raises(ValueError, match=r"1 clip cannot be decoded .skip_bad_media = true") as caught:
         bench.run(workers=1)
     assert str(bench.data / "spoilt.mp4") in str(caught.value)
     assert len(bench.encoders[0].items) == 5 and not bench.encoders[0].loaded
@@ -324,7 +332,7 @@ def test_a_lost_entry_is_found_before_training_starts(bench, monkeypatch):
 
 def test_a_worker_that_dies_or_hangs_costs_its_item_alone():
     items = ["a", "dies", "b", "hangs", "c", "raises", "d"]
-    with WorkerPool(die_or_hang, workers=2, timeout_s=2.0) as pool:
+    with WorkerPool(die_or_hang, workers=2, timeout_s=2.0, timeout_key="some_timeout_s") as pool:
         outcomes = list(pool.run(items, ahead=4))
         processes = [worker.process for worker in pool._workers]
     assert [outcome.item for outcome in outcomes] == items
@@ -332,7 +340,7 @@ def test_a_worker_that_dies_or_hangs_costs_its_item_alone():
     assert isinstance(errors["dies"], WorkerLost) and "dies: the worker process was killed by SIGKILL" in str(
         errors["dies"]
     )
-    assert str(errors["hangs"]) == "hangs: no progress for 2 s" and isinstance(errors["raises"], KeyError)
+    assert str(errors["hangs"]) == "hangs: no progress for 2 s; raise some_timeout_s if it is only slow" and isinstance(errors["raises"], KeyError)
     assert len(errors) == 3 and not any(process.is_alive() for process in processes)
 
 

@@ -138,7 +138,7 @@ def test_a_clip_that_fails_for_a_later_encoder_is_left_out_whole(bench):
     precache([early], bench.encoders[:1], bench.store, device=CPU, workers=0, batch_size=2)
     manifest = bench.manifest()
     spoil(path)
-    with pytest.raises(ValueError, match=r"1 clips cannot be decoded .*\n  .*spoilt\.mp4: "):
+    with pytest.raises(ValueError, match=r"1 clip cannot be decoded .*\n  .*spoilt\.mp4: "):
         bench.fill([manifest])
     report = bench.fill([manifest], skip_bad_media=True)
     [(key, skipped)] = report.failed.items()

@@ -12,6 +12,7 @@ from tests.helpers.media import write_image, write_video
 from tests.unit.test_report import Reader
 from utils.config.load import ConfigError
 from utils.data.cache import write_whole
+from utils.data.listing import Skipped
 from utils.data.pace import PACE_FILE, Pace
 from utils.train import preview as plan
 from utils.train import preview_page
@@ -101,7 +102,7 @@ class Counting:
 
 
 def test_a_plan_without_weights_tells_it_all(folder, capfd, quiet):
-    assert train.main(["--config", "run.toml", "--plan", "--html", PAGE]) == 0
+    assert train.main(["--config", "run.toml", "--plan", "--html", PAGE]) == 1, "the start would stop"
     told = capfd.readouterr().out
     assert "plan for Wan2.1 T2V at 16 frames a second, on 2 ranks (2 pipeline stages x 1 data rank" in told
     assert "by the name of [model] ckpt_path = '/nowhere/Wan2.1-T2V-1.3B', whose weights are absent" in told
@@ -145,6 +146,27 @@ def test_steps_are_those_of_the_run(folder, monkeypatch):
     assert {row.batch.samples for row in survey.plan.counts()} == {4}
 
 
+def test_a_budget_of_tokens_is_shown_with_what_it_comes_to(folder, capfd, quiet):
+    (folder / "clips/broken.mp4").unlink()
+    clip(folder / "eval", "copy.mp4", 50)
+    words = ["--config", "run.toml", "--plan", "--set", "max_tokens_per_gpu=40", "--set", "epochs=10"]
+    assert train.main(words) == 0, "nothing stops the start"
+    told = " ".join(capfd.readouterr().out.split())
+    assert "2 x 16 = 32" in told, "an image has 4 x 4 tokens"
+    assert "bucket 64x64x9: one sample has 48 tokens, more than max_tokens_per_gpu = 40; its samples go" in told
+    assert "(2 micro x 2 GAS x 1 DP)" in told and "(1 micro x 2 GAS x 1 DP)" in told
+
+
+def test_equal_reasons_are_one_row(folder, capfd, quiet):
+    for number in range(7):
+        write_image(folder / f"clips/extra{number}.png")
+    train.main(["--config", "run.toml", "--plan"])
+    told = capfd.readouterr().out
+    assert "Skipped: 10 files" in told
+    assert "8 files: extra0.png, extra1.png, extra2.png" in told
+    assert told.count("is missing; write one") == 1 and "its caption in *.txt is missing" in told
+
+
 def test_the_cache_is_counted_by_what_differs(folder):
     sizes = plan.cache_size(survey_of())
     latents = 16 * 3 * 8 * 8 * 4
@@ -171,16 +193,27 @@ def test_time_is_told_where_it_was_measured(folder):
 
 
 def test_what_would_stop_the_start_is_told(folder):
-    assert plan.refusals(survey_of()) == ["the start will stop at 1 file that cannot be read"]
+    twice = "the start will stop at 1 file in both training and eval data"
+    assert plan.refusals(survey_of()) == ["the start will stop at 1 file that cannot be read", twice]
+    survey = survey_of("--set", "skip_bad_media=true")
+    assert plan.stops(survey) == [twice]
+    assert plan.refusals(survey)[1] == "the start will go on without 1 file that cannot be read"
     (folder / "clips/broken.mp4").unlink()
-    (unused,) = plan.refusals(survey_of("--set", "epochs=1"))
-    assert unused.startswith("bucket 64x64x1 does not fill one batch")
-    (never,) = plan.refusals(survey_of("--set", "gradient_accumulation_steps=50"))
+    clip(folder / "eval", "copy.mp4", 50)
+    survey = survey_of("--set", "epochs=1")
+    (unused,) = plan.refusals(survey)
+    assert unused.startswith("bucket 64x64x1 does not fill one batch") and plan.stops(survey) == []
+    (never,) = plan.stops(survey_of("--set", "gradient_accumulation_steps=50"))
     assert never.startswith("no bucket fills a single batch")
+    (folder / "eval/copy.mp4").unlink()
+    assert plan.stops(survey_of()) == ["the start will stop: nothing is left in held_out to evaluate"]
     for path in (*(folder / "clips").iterdir(), *(folder / "eval").iterdir()):
         path.unlink()
     survey = survey_of()
-    assert plan.refusals(survey) == [f"nothing to train on: there are no media files in {folder / 'clips'}"]
+    assert plan.refusals(survey) == [
+        "the start will stop: nothing is left in held_out to evaluate",
+        f"nothing to train on: there are no media files in {folder / 'clips'}",
+    ]
     console = Console(record=True, width=150)
     plan.conclude(console, survey)
     assert "no warnings" not in console.export_text()  # where there is nothing that could have had one
@@ -213,6 +246,18 @@ def test_a_page_holds_so_many_clips_those_with_warnings_first(folder, monkeypatc
     assert any("3 clips without warnings are not shown" in note for note in report.notes)
 
 
+def test_a_page_says_what_it_has_no_room_for(folder, monkeypatch):
+    monkeypatch.setattr(preview_page, "MOST_CARDS", 0)
+    monkeypatch.setattr(preview_page, "MOST_LEFT_OUT", 1)
+    survey = survey_of()
+    survey.skipped += [("train", Skipped(folder / f"{number}.mp4", "is too short", bad=False)) for number in range(4)]
+    report = preview_page.report_of(survey, Counting())
+    assert not report.cards and len(report.left_out) == 1
+    warned, more = len({finding.path for finding in survey.findings}), len(survey.skipped) - 1
+    assert any(f"clips, {warned} of them with warnings, are not shown" in note for note in report.notes)
+    assert any(f"{more} more files that are left out stand in {survey.folder}" in note for note in report.notes)
+
+
 def test_html_goes_with_plan(capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--config", "run.toml", "--html", "page.html"])
@@ -225,3 +270,31 @@ def test_a_page_that_cannot_be_written_is_told_before_anything_is_read(folder, q
         with pytest.raises(ValueError, match=f"--html .*{complaint}"):
             plan.preview(flags)
     assert not (folder / "runs").exists()
+
+
+def test_masks_are_counted(folder, capfd, quiet):
+    """Two clips have images of equal content, one a video; that of another file does not fit."""
+    masks = folder / "masks"
+    masks.mkdir()
+    for name in ("clip0.png", "clip1.png"):
+        write_image(masks / name, colour=(255, 255, 255))
+    write_video(masks / "clip2.mkv", 42)
+    write_image(masks / "still\xe9.png")  # of another name
+    write_image(masks / "short.png", (64, 64))
+    text = (folder / "dataset.toml").read_text()
+    (folder / "dataset.toml").write_text(f"{text}mask_path = '{masks}'\n")
+    train.main(["--config", "run.toml", "--plan"])
+    told = " ".join(capfd.readouterr().out.split())
+    assert "loss masks: 3 of 5 clips have one" in told
+    assert "1 of 4 files has no mask in" in told and "1 mask has no clip of that name: still\xe9.png" in told
+    assert ", 2 masks 384 B, " in told, "two of the images are one"
+    skipped = [json.loads(line) for line in (folder / "runs/plan/skipped.jsonl").read_text().splitlines()]
+    assert any("short.png is 64x64, and the file itself 64x48" in row["reason"] for row in skipped)
+
+    black = write_image(masks / "clip0.png", colour=(0, 0, 0))
+    assert train.main(["--config", "run.toml", "--plan", "--set", "skip_bad_media=true"]) == 0
+    told = " ".join(capfd.readouterr().out.split())
+    assert "loss masks: 2 of 4 clips have one" in told
+    skipped = [json.loads(line) for line in (folder / "runs/plan/skipped.jsonl").read_text().splitlines()]
+    [reason] = [row["reason"] for row in skipped if row["path"] == str(black)]
+    assert reason.startswith("as the mask of clip0.mp4: the mask is black"), "what a start would find"

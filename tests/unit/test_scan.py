@@ -89,7 +89,7 @@ def test_captions_json_stands_in_for_text_files(folder):
     media, skipped = look(folder)
     assert [file.captions for file in media] == [("one",), ("two", "three")]
     assert [item.path.name for item in skipped] == ["captions.json", "c.png", "d.png"]
-    assert skipped[0].reason == "names 1 files that are not in the folder: gone.png"
+    assert skipped[0].reason == "names 1 file that is not in the folder: gone.png"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_is_left_out_is_said(folder):
     media, skipped = look(folder)
     assert len(media) == 1
     assert [str(item) for item in skipped] == [
-        "more: sub-folders are not scanned, 1 media files are left out; set recursive = true, or give it its own "
+        "more: sub-folders are not scanned, 1 media file is left out; set recursive = true, or give it its own "
         "[[directory]]",
         "notes.pdf: is not a media file (.pdf)",
     ]

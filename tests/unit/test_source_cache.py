@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.media import frame_numbers, write_image, write_video
+from tests.unit.test_clip_cache import Recorder
 from tests.unit.test_precache import Bench, Settings
 from utils.data.clips import CLIP_MODES
 from utils.data.dataset import CachedDataset
@@ -29,13 +30,6 @@ class Sources(Bench):
 
     def shown(self):
         return sorted(frame_numbers(pixels) for pixels in self.encoders[0].items)
-
-
-class Recorder:
-    """Stands where a family does and gives back what it was given."""
-
-    def micro_batch(self, samples, draws):
-        return list(samples)
 
 
 @pytest.fixture
@@ -108,7 +102,7 @@ def test_captions_are_drawn_by_their_weights(bench):
     manifest, report = bench.run(bench.settings(folder))
     assert report.made["text"].encoded == 3  # with the empty one
     dataset = CachedDataset(Recorder(), bench.store, manifest.entries, manifest.empty_text_key, seed=1)
-    lengths = Counter(len(dataset.training_batch([Item(0, turn)])[0]["text"]) for turn in range(1000))
+    lengths = Counter(len(dataset.training_batch([Item(0, turn)]).inputs[0]["text"]) for turn in range(1000))
     assert set(lengths) == {len("often") + 1, len("seldom") + 1}
     assert 720 < lengths[len("often") + 1] < 780
 

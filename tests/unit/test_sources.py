@@ -53,7 +53,7 @@ def test_captions_json_names_files_from_the_top(folder):
     assert names(media, folder) == ["b/deep/c.png"] and media[0].captions == ("one", "two")
     reasons = {item.path.relative_to(folder).as_posix(): item.reason for item in skipped}
     assert set(reasons) == {"b/captions.json", "captions.json", "a.png", "b/b.png", "d.png"}
-    assert reasons["captions.json"] == "names 1 files that are not in the folder: c.png"
+    assert reasons["captions.json"] == "names 1 file that is not in the folder: c.png"
     assert reasons["b/captions.json"].startswith(f"is not read: the names in it belong into {folder}/captions.json")
 
 

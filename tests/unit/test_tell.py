@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from utils.data.cache import CacheStore
+from utils.data.manifest import Group
 from utils.data.precache import Made, PrecacheReport
 from utils.train import tell
 from utils.train.prepare import Prepared
@@ -30,6 +31,16 @@ def test_the_cache_is_told_kind_by_kind():
         "1 of 19 image states encoded, 18 were in the cache",
         "3 of 4 captions encoded, 1 was in the cache",
         "1 of 2 depth items encoded, 1 was in the cache",
+    ]
+
+
+def test_what_directories_are_for_is_told_where_it_is_out_of_the_ordinary():
+    console = Console(file=io.StringIO(), width=200)
+    tell.sets(console, [Group(Path("a"), 2), Group(Path("b"), 1, 0.5), Group(Path("c"), 1, 2, True)])
+    held = "a regularization set: on its clips the adapter is held to what the model predicts without it"
+    assert console.file.getvalue().splitlines() == [
+        "note: b: its clips count 0.5 times in the loss",
+        f"note: c: {held}; its clips count 2 times in the loss",
     ]
 
 

@@ -1,13 +1,11 @@
-"""Triggers: crossings are due once, signal files act once, signals raise a flag and a second Ctrl-C interrupts."""
+"""Triggers: crossings are due once, signal files act once."""
 
 import itertools
-import os
-import signal
 from typing import NamedTuple
 
 import pytest
 
-from utils.train.triggers import Decision, Every, SignalFiles, StopSignals
+from utils.train.triggers import Decision, Every, SignalFiles
 
 
 class Progress(NamedTuple):
@@ -79,24 +77,3 @@ def test_a_folder_of_that_name_is_no_signal(tmp_path):
 def test_a_decision_survives_being_sent_as_an_int():
     decision = Decision.SAVE | Decision.QUIT
     assert Decision(int(decision)) == decision
-
-
-def test_sigterm_asks_for_a_checkpoint_and_the_old_handler_returns():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with StopSignals() as stop:
-        assert stop.poll() == Decision.NONE
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.poll() == Decision.CHECKPOINT | Decision.QUIT
-        assert stop.received == "SIGTERM"
-        os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
-        assert stop.received == "SIGTERM"
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_the_second_ctrl_c_interrupts():
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.poll() == Decision.CHECKPOINT | Decision.QUIT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)

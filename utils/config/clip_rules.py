@@ -17,6 +17,8 @@ _IDLE_AT_ONE = {
     "random_start": ("frame_sample", "gives a video the same start in every epoch; with more they take turns"),
 }
 
+_EVERY_FRAME = ("chunk", "multiple_overlapping")  # modes that start a clip of one frame at each frame
+
 KeyFinding = tuple[str, str]  # the key, and what follows its name
 
 
@@ -35,19 +37,34 @@ def clip_errors(folder: DirectoryConfig, mode: str, spec: "MediaSpec") -> Iterat
         yield "max_frames", f" = {folder.max_frames} is less than the shortest clip of this model; use {least} or more"
 
 
-def clip_advice(folder: DirectoryConfig, mode: str) -> Iterator[KeyFinding]:
-    """What works in one folder and is probably not meant; `mode` as for `clip_errors`."""
+def clip_advice(folder: DirectoryConfig, mode: str, spec: "MediaSpec | None" = None) -> Iterator[KeyFinding]:
+    """What works in one folder and is probably not meant; `mode` as for `clip_errors`, `spec` where it is known."""
     for key, modes in MODE_KEYS.items():
         value = getattr(folder, key)
         if mode not in modes and value != DirectoryConfig.model_fields[key].default:
             users = " and ".join(f"'{name}'" for name in modes)
             yield key, f" = {value} has no effect with video_clip_mode = '{mode}'; it is for {users}"
+    if folder.crop != "random" and folder.crop_sample != 1:
+        yield "crop_sample", f" = {folder.crop_sample} has no effect with crop = '{folder.crop}'; it is for 'random'"
+    if folder.crop == "random" and folder.crop_sample == 1:
+        yield "crop", " = 'random' with crop_sample = 1 gives a file one crop; more of them take turns"
     if mode in _IDLE_AT_ONE:
         key, effect = _IDLE_AT_ONE[mode]
         if getattr(folder, key) == 1:
             yield key, f" = 1 {effect}"
     if mode == "full" and folder.frame_buckets != (1,) and not folder.size_buckets:
         yield "frame_buckets", " has no effect on videos with video_clip_mode = 'full': clips are as long as they are"
+    if folder.stills:
+        yield from _still_advice(folder, mode, spec)
+
+
+def _still_advice(folder: DirectoryConfig, mode: str, spec: "MediaSpec | None") -> Iterator[KeyFinding]:
+    if spec is not None and not spec.images:
+        yield "stills", " = true has no effect: this model trains on videos and takes no single frames"
+    elif folder.media == "images":
+        yield "stills", " = true has no effect with media = 'images': stills are frames of videos"
+    elif mode in _EVERY_FRAME:
+        yield "stills", f" = true makes a still of every frame of a video with video_clip_mode = '{mode}'"
 
 
 def whole_lengths(frames: Sequence[int], stride: int) -> tuple[tuple[int, ...], str | None]:

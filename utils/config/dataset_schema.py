@@ -8,6 +8,7 @@ from utils.config.fields import (
     AspectRatios,
     ClipMode,
     Count,
+    Crop,
     FrameBuckets,
     Lax,
     Resolutions,
@@ -17,6 +18,7 @@ from utils.config.fields import (
     Suffix,
     Table,
     UserPath,
+    Weight,
     checked,
     not_yet,
 )
@@ -36,7 +38,7 @@ class SharedSettings(Table):
     """Smallest aspect ratio of the buckets."""
     max_ar: Annotated[float, Field(gt=0)] = 2.0
     """Largest aspect ratio of the buckets."""
-    num_ar_buckets: Count = 7
+    num_ar_buckets: Annotated[int, Field(ge=1, le=1000)] = 7
     """Number of aspect ratios, spaced evenly in the logarithm from min_ar to max_ar."""
     ar_buckets: AspectRatios = ()
     """Aspect ratios by hand, in place of the three keys above: numbers, or [width, height] pairs."""
@@ -44,6 +46,15 @@ class SharedSettings(Table):
     """Lengths in frames at the model's rate; 1 is for images and is always there."""
     size_buckets: SizeBuckets = ()
     """Buckets by hand, [width, height, frames], in place of resolutions, aspect ratios and frame_buckets."""
+    bucket_no_upscale: bool = False
+    """Enlarge nothing: what is smaller than its bucket is trained at the largest size of that shape that it covers."""
+    crop: Crop = "center"
+    """What is done where the shape of a file is not its bucket's: the middle is kept, a part drawn by chance, or all of
+    it, with black around it that is left out of the loss."""
+    crop_sample: Count = 1
+    """Crops that take turns with crop = 'random'."""
+    flip: bool = False
+    """Train each clip mirrored as well: its uses take the plain and the mirrored one in turn."""
     video_clip_mode: ClipMode | None = None
     """Which part of a video is used, or which parts. Default: what the run TOML says."""
     frame_stride: Count = 1
@@ -58,6 +69,8 @@ class SharedSettings(Table):
     short_clips: ShortClips = "skip"
     """What becomes of a video shorter than every bucket: left out, looped, its last frame held, or a bucket of its
     own length."""
+    stills: bool = False
+    """Train single frames of videos too, one wherever video_clip_mode starts a clip; for models that take images."""
     num_repeats: Annotated[float, Field(gt=0)] = 1.0
     """How often a clip counts in an epoch; 0.5 uses half of the clips in each."""
     skip_empty_caption: bool = True
@@ -95,25 +108,35 @@ class DirectoryConfig(SharedSettings):
     path: UserPath
     """A folder, an index of clips (.jsonl, .csv) or a .tar archive; absolute, or seen from where the trainer starts."""
 
-    mask_path: Annotated[str | None, not_yet(None)] = None
-    """diffusion-pipe: masks for the loss. Not supported yet."""
-    default_mask_file: Annotated[str | None, not_yet(None)] = None
-    """diffusion-pipe: the mask of files without one. Not supported yet."""
+    mask_path: UserPath | None = None
+    """A folder of images or videos named as the clips are: what is black in one is left out of the loss. An image
+    stands for all frames; a file without a mask is trained whole."""
+    default_mask_file: UserPath | None = None
+    """The mask of files that have none in mask_path, or in their index."""
     control_path: Annotated[str | None, not_yet(None)] = None
     """diffusion-pipe: reference images of editing models. Not supported yet."""
-    weight: Annotated[float | None, not_yet(None, "remove it; num_repeats says how often clips are used")] = None
-    """How much a clip counts in the loss. Not supported yet."""
-    is_regularization: Annotated[bool, not_yet(False, "remove it; the clips can be trained on like others")] = False
-    """sd-scripts: clips that hold the model to what it knew. Not supported yet."""
+    weight: Weight = 1.0
+    """What its clips count in the loss while training; num_repeats says how often they are used."""
+    is_regularization: bool = False
+    """Hold the adapter, on these clips, to what the model without it predicts, in place of training them."""
 
 
 class DatasetConfig(SharedSettings):
     """A whole dataset TOML."""
 
     directory: Annotated[tuple[DirectoryConfig, ...], Lax, checked(lambda value: value != [], _NO_FOLDER)]
-    """One or more folders."""
+    """One or more folders, each begun with [[directory]] and its path."""
     subsample_ratio: Annotated[float | None, not_yet(None, "remove it and set num_repeats to the share")] = None
     """diffusion-pipe: uses a share of the batches. Not supported."""
+
+    def held_out(self) -> "DatasetConfig":
+        """As it is evaluated: nothing mirrored, nothing cropped by chance, so that each clip is one sample."""
+        changes = {"flip": False, "crop_sample": 1}
+        folders = tuple(
+            folder.model_copy(update=changes | {"crop": "center" if folder.crop == "random" else folder.crop})
+            for folder in self.directory
+        )
+        return self if folders == self.directory else self.model_copy(update={"directory": folders})
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 """The field types that the schemas share: paths, counts, batch sizes, and keys that are known but not honoured yet."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,9 +21,31 @@ class Table(BaseModel):
     )
 
 
-def _expand(path: Path) -> Path:
+MOST_NAME_BYTES, MOST_PATH_BYTES = 255, 4095  # of Linux's file systems
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def refusal(path: Path) -> str | None:
+    """Why `path` can be that of no file here, and the mend."""
+    text = str(path)
     if path == Path():
-        raise ValueError("is empty; write a path, or remove the key")
+        return "is empty; write a path, or remove the key"
+    if _CONTROL.search(text):
+        return "has a control character in it; write the path as plain text"
+    if "${" in text:
+        return "has a variable in it, which is not filled in here; write the path out"
+    if len(text.encode()) > MOST_PATH_BYTES or any(len(part.encode()) > MOST_NAME_BYTES for part in path.parts):
+        return "is too long for a path; write a shorter one"
+    try:
+        path.expanduser()
+    except RuntimeError:
+        return f"has a home folder that is not known here, {path.parts[0]}; write the path out"
+    return None
+
+
+def _expand(path: Path) -> Path:
+    if wrong := refusal(path):
+        raise ValueError(wrong)
     return path.expanduser()
 
 
@@ -85,8 +108,15 @@ def _is_aspect_ratio(value: Any) -> bool:
     return (_is_number(value) and 0 < value < float("inf")) or _int_row(value, 2)
 
 
+MOST_FPS = 1000  # cameras for slow motion give 960; with far more every video is shorter than a frame
+
+
 def _is_rate(value: Any) -> bool:
-    return value in ("model", "native") if isinstance(value, str) else _is_number(value) and 0 < value < float("inf")
+    return value in ("model", "native") if isinstance(value, str) else _is_number(value) and 1 <= value <= MOST_FPS
+
+
+def _is_weight(value: Any) -> bool:
+    return _is_number(value) and 0 < value < float("inf")
 
 
 def _is_suffix(value: Any) -> bool:
@@ -121,6 +151,7 @@ ClipMode = Literal[
     "spread",
 ]
 ShortClips = Literal["skip", "loop", "pad", "smaller_bucket"]
+Crop = Literal["center", "random", "pad"]  # the names of utils.data.clips.CROPS
 
 ExpertPaths = Annotated[
     UserPath | dict[str, UserPath],
@@ -133,8 +164,12 @@ SourceRate = Annotated[
     float | Literal["model", "native"],
     checked(
         _is_rate,
-        "is no frame rate; use 'model', 'native', or the frames a second that the files really have, without quotes",
+        "is no frame rate; use 'model', 'native', or the frames a second that the files really have, without quotes, "
+        f"1 to {MOST_FPS}",
     ),
+]
+Weight = Annotated[
+    float, checked(_is_weight, "is no weight; use a number above 0, or remove the [[directory]] to train without it")
 ]
 Suffix = Annotated[str, checked(_is_suffix, "is not how a file's name ends; write it with its dot: '.txt'")]
 BatchSize = Annotated[

@@ -28,6 +28,8 @@ _DROPOUT = "here it is uncond_fraction in the run TOML"
 _REPEATS = "here it is num_repeats"
 _FRAMES = "here it is frame_buckets, whole numbers of frames"
 
+_WEIGHT = "here it is weight in a [[directory]] of the dataset TOML"
+
 FOREIGN_KEYS: dict[str, ForeignKey] = {
     **_table(
         "musubi-tuner",
@@ -41,7 +43,6 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "image_jsonl_file": _PATH,
             "resolution": "here it is resolutions, a list",
             "enable_bucket": "here it is enable_ar_bucket",
-            "bucket_no_upscale": "clips are always brought to their bucket's size; remove it",
             "batch_size": _BATCH,
             "cache_directory": "here it is cache_dir in the run TOML, one for all folders",
             "general": "here such settings stand at the top of the dataset TOML",
@@ -82,8 +83,13 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "shuffle_caption": "here it is shuffle_tags, and cache_shuffle_num orders of each",
             "caption_separator": "here it is cache_shuffle_delimiter",
             "keep_tokens": "here it is keep_first",
-            "is_reg": "is not supported yet; remove it",
-            "flip_aug": "is not supported; remove it",
+            "is_reg": "here it is a [[directory]] with a weight; is_regularization = true keeps what the model knew",
+            "prior_loss_weight": _WEIGHT,
+            "flip_aug": "here it is flip",
+            "masked_loss": "here mask_path in a [[directory]] of the dataset TOML is enough",
+            "conditioning_data_dir": "masks for the loss are here mask_path in a [[directory]]",
+            "random_crop": "here it is crop = 'random'",
+            "alpha_mask": "masks for the loss are here files of their own, in mask_path of a [[directory]]",
             "unet_lr": _LR,
         },
     ),
@@ -107,6 +113,9 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
             "max_step_saves_to_keep": "saved models are never deleted; remove it (keep_last is for checkpoints)",
             "name_or_path": _CHECKPOINT_PATH,
             "timestep_type": _SAMPLING,
+            "loss_multiplier": _WEIGHT,
+            "flip_x": "here it is flip",
+            "mask_min_value": "grey in a mask counts in part: make its black parts that grey",
             "quantize": _FP8,
         },
     ),
@@ -115,6 +124,7 @@ FOREIGN_KEYS: dict[str, ForeignKey] = {
         {
             "instance_data_dir": _PATH,
             "repeats": _REPEATS,
+            "is_regularisation_data": "here it is is_regularization",
             "lora_rank": _RANK,
             "lora_alpha": _ALPHA,
             "train_batch_size": _BATCH,

@@ -12,11 +12,11 @@ import toml
 from pydantic import BaseModel, ValidationError
 
 from utils.config.dataset_schema import DatasetConfig
-from utils.config.fields import Refused
+from utils.config.fields import Refused, refusal
 from utils.config.foreign_keys import FOREIGN_KEYS
 from utils.config.messages import HOMES, Homes, Problem, dotted, home_of, problems, shown, unknown_key
 from utils.config.musubi import from_musubi, is_musubi
-from utils.config.schema import OptimizerConfig, RunConfig
+from utils.config.schema import MOST_EVAL_DATASETS, OptimizerConfig, RunConfig
 from utils.config.source import SECRET_KEYS, ConfigError, Location, Source, read_toml, redacted_text, with_overrides
 
 __all__ = [
@@ -74,8 +74,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         try:
             sources[name] = read_toml(file, source.where(location) + dotted(location))
             if is_musubi(sources[name]):
-                batch_size = source.data.get("micro_batch_size_per_gpu", 1)
-                sources[name], said = from_musubi(sources[name], batch_size)
+                sources[name], said = from_musubi(sources[name], *_batches(source.data))
                 notices += said
             datasets[name] = _dataset(sources[name], homes)
         except ConfigError as error:
@@ -87,10 +86,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         model=model,
         family_name=family_name,
         dataset=datasets["dataset"],
-        eval_datasets={item.name: datasets[f"eval:{item.name}"] for item in run.eval_datasets},
-        notices=_notices(run, source) + notices,
+        eval_datasets={item.name: datasets[f"eval:{item.name}"].held_out() for item in run.eval_datasets},
+        notices=_notices(run, source) + notices + _of_held_out(datasets, sources),
         sources=sources,
     )
+
+
+def _batches(data: Mapping[str, Any]) -> tuple[str, Any]:
+    """The key of the raw run TOML that says how large batches are, and its value."""
+    key = "max_tokens_per_gpu" if "max_tokens_per_gpu" in data else "micro_batch_size_per_gpu"
+    return key, data.get(key, 1)
 
 
 def load_dataset(path: Path, named_by: str = "dataset") -> DatasetConfig:
@@ -162,14 +167,14 @@ def _dataset_files(source: Source) -> dict[str, tuple[Location, Path]]:
     """The dataset TOMLs that the raw run TOML names, so that they are checked even where the run itself is wrong."""
     files: dict[str, tuple[Location, Path]] = {}
     if isinstance(named := source.data.get("dataset"), str) and named:
-        files["dataset"] = (("dataset",), Path(named).expanduser())
+        files["dataset"] = (("dataset",), Path(named))
     evals = source.data.get("eval_datasets")
-    for index, item in enumerate(evals if isinstance(evals, list) else []):
+    for index, item in enumerate(evals[:MOST_EVAL_DATASETS] if isinstance(evals, list) else []):
         entry = {"name": Path(item).stem, "config": item} if isinstance(item, str) else item
         name, file = (entry.get("name"), entry.get("config")) if isinstance(entry, dict) else (None, None)
         if isinstance(name, str) and isinstance(file, str) and file:
-            files.setdefault(f"eval:{name}", (("eval_datasets", index), Path(file).expanduser()))
-    return files
+            files.setdefault(f"eval:{name}", (("eval_datasets", index), Path(file)))
+    return {name: (location, path.expanduser()) for name, (location, path) in files.items() if not refusal(path)}
 
 
 def _notices(run: RunConfig, source: Source) -> list[str]:
@@ -179,6 +184,13 @@ def _notices(run: RunConfig, source: Source) -> list[str]:
         where = source.where(("monitoring", "wandb_api_key"))
         notices.append(f"{where}wandb_api_key is safer in the environment variable WANDB_API_KEY; it is not copied on")
     return notices
+
+
+def _of_held_out(datasets: Mapping[str, DatasetConfig], sources: Mapping[str, Source]) -> list[str]:
+    """Notices of what `DatasetConfig.held_out` does without."""
+    names = [name for name, dataset in datasets.items() if name.startswith("eval:") and dataset.held_out() != dataset]
+    told = "flip = true and crop = 'random' have no effect on a held-out set: its clips are evaluated plain, the middle"
+    return [f"{sources[name].path}: {told} of each" for name in names]
 
 
 def _settings(model: BaseModel) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -10,9 +11,11 @@ from pydantic_core import ErrorDetails
 from utils.config.dataset_schema import DirectoryConfig, SharedSettings
 from utils.config.foreign_keys import FOREIGN_KEYS
 from utils.config.schema import AdapterConfig, MonitoringConfig, OptimizerConfig, RunConfig
-from utils.config.source import SECRET_KEYS, Location, Source
+from utils.config.source import SECRET_KEYS, Location, Source, printable
 
 Problem = tuple[int, str]  # line, message
+MAX_PROBLEMS = 50  # of one table; with more, this is no config
+
 Homes = Sequence[tuple[str, type[BaseModel]]]  # where keys stand, in words, and the schema of that place
 
 HOMES: Homes = (
@@ -53,12 +56,17 @@ def problems(
     error: ValidationError, source: Source, model: type[BaseModel], homes: Homes, table: Location = ()
 ) -> list[Problem]:
     """Every error of `model`, validated on the part of `source` at `table`, with the line it stands on."""
-    found = []
+    told = []
     for detail in error.errors(include_url=False):
         location = (*table, *detail["loc"])
         inherited = not source.holds(location) and source.holds(location[-1:])
         if detail["type"] == "missing" or not inherited:  # what is handed down is reported at the top
-            found.append((source.line(location), source.where(location) + _text(detail, location, model, homes)))
+            told.append((source.line(location), location, detail))
+    told.sort(key=lambda problem: problem[0])
+    shown_ones = told[:MAX_PROBLEMS]
+    found = [(line, source.where(at) + _text(detail, at, model, homes)) for line, at, detail in shown_ones]
+    if left := len(told) - len(found):
+        found.append((found[-1][0], f"{source.path}: and {left:,} more"))
     return found
 
 
@@ -68,6 +76,8 @@ def _text(detail: ErrorDetails, location: Location, model: type[BaseModel], home
         return unknown_key(location, detail["input"], list(parent.model_fields) if parent else [], homes)
     if detail["type"] == "missing":
         return f"{dotted(location)} is missing; add it{_manual(parent, str(location[-1]))}"
+    if detail["type"] in ("tuple_type", "list_type") and isinstance(detail["input"], dict):
+        return f"[{dotted(location)}] is one table, and not a list of them; write [[{dotted(location)}]]"
     phrase = _PHRASES[detail["type"]].format(**detail.get("ctx", {})) if detail["type"] in _PHRASES else detail["msg"]
     if detail["type"] in ("model_type", "model_attributes_type"):
         phrase += _as_table(_model_at(model, tuple(detail["loc"])))
@@ -78,7 +88,7 @@ def _text(detail: ErrorDetails, location: Location, model: type[BaseModel], home
 
 def unknown_key(location: Location, value: Any, known: Sequence[str], homes: Homes) -> str:
     """The line for a key that no schema has there: the place it belongs to, another trainer's name, or the nearest."""
-    key = str(location[-1])
+    key = _cut(str(location[-1]))
     head = f"unknown key '{dotted(location)}' = {shown(value, location)}"
     if home := home_of(key, homes):
         return f"{head}; it belongs {home}"
@@ -96,15 +106,20 @@ def home_of(key: str, homes: Homes) -> str | None:
 
 def dotted(location: Location) -> str:
     """`("directory", 1, "path")` as `directory[1].path`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    parts = (f"[{part}]" if isinstance(part, int) else f".{_cut(printable(part))}" for part in location)
+    return "".join(parts).lstrip(".")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def shown(value: Any, location: Location = ()) -> str:
     """A value as TOML writes it, cut to a line; never a secret."""
     if SECRET_KEYS.intersection(location):
         return "(hidden)"
-    text = _toml(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    text = printable(_toml(value))
+    return _cut(text)
 
 
 def _toml(value: Any) -> str:
@@ -118,9 +133,11 @@ def _toml(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value)
 
 
-def _plain_keys(model: type[BaseModel]) -> list[str]:
+@cache
+def _plain_keys(model: type[BaseModel]) -> frozenset[str]:
     """All but tables, and `type`, which several tables have."""
-    return [name for name, info in model.model_fields.items() if name != "type" and not _table_in(info.annotation)]
+    fields = model.model_fields.items()
+    return frozenset(name for name, info in fields if name != "type" and not _table_in(info.annotation))
 
 
 def _table_in(annotation: Any) -> type[BaseModel] | None:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from utils.config.clip_rules import whole_lengths
-from utils.config.fields import Count, Lax, Pair, Suffix, Table, UserPath, checked, not_yet, rows
+from utils.config.dataset_schema import DirectoryConfig
+from utils.config.fields import MOST_FPS, Count, Lax, Pair, Suffix, Table, UserPath, checked, not_yet, rows
 from utils.config.messages import Problem, dotted, problems, shown
 from utils.config.source import ConfigError, Location, Source
 
@@ -15,15 +16,17 @@ _TABLES = ("general", "datasets")
 _SIDE_STEP_PX = 16  # of its buckets, for Wan
 _FRAME_STRIDE = 4  # its target_frames are 4n + 1 for every model
 _FIRST_SIZE = (960, 544)
+_MOST_PX = 1 << 14  # every width up to the side of the square is a bucket
 
-_INDEX = (
-    "rename {key} in its rows to path, and name it as the path of a [[directory]] in a dataset TOML of this trainer's, "
-    "as examples/dataset.toml shows"
-)
 _OTHER_MODEL = "it is for models that this trainer does not train; remove it"
-_NOT_WHOLE = "is not a resolution; use the side of a square, or [width, height], whole numbers of pixels"
+_NOT_WHOLE = (
+    f"is not a resolution; use the side of a square, or [width, height], whole numbers of pixels, {_MOST_PX} at most"
+)
 _NO_FRAMES = "is not a list of frame counts; use whole numbers of 1 or more: [25, 45]"
 _NO_DATASET = "holds no list of folders; begin each with [[datasets]], and a video_directory or an image_directory"
+_VIDEO_SOURCES = ("video_directory", "video_jsonl_file")
+_SOURCES = (*_VIDEO_SOURCES, "image_directory", "image_jsonl_file")
+_OURS = (("in a dataset TOML of this trainer, with a [[directory]] for each [[datasets]]", DirectoryConfig),)
 
 
 def _is_side(value: Any) -> bool:
@@ -31,7 +34,11 @@ def _is_side(value: Any) -> bool:
 
 
 def _is_resolution(value: Any) -> bool:
-    return _is_side(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_side, value)))
+    return _is_px(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_px, value)))
+
+
+def _is_px(value: Any) -> bool:
+    return _is_side(value) and value <= _MOST_PX
 
 
 def _are_lengths(value: Any) -> bool:
@@ -65,7 +72,7 @@ class _Shared(Table):
     """Clips of a video with 'uniform'."""
     max_frames: Count = 129
     """Longest clip with 'full', in frames."""
-    source_fps: Annotated[float, Field(gt=0)] | None = None
+    source_fps: Annotated[float, Field(ge=1, le=MOST_FPS)] | None = None
     """Frames a second that the files have. Default: each frame is taken for one of the model's."""
     cache_directory: str | None = None
     """Where it keeps its cache. Without effect here."""
@@ -78,8 +85,10 @@ class MusubiDataset(_Shared):
     """A folder; its images are passed over."""
     image_directory: UserPath | None = None
     """A folder; its videos are passed over."""
-    video_jsonl_file: Annotated[Any, not_yet(None, _INDEX.format(key="video_path"))] = None
-    image_jsonl_file: Annotated[Any, not_yet(None, _INDEX.format(key="image_path"))] = None
+    video_jsonl_file: UserPath | None = None
+    """In place of a folder, a list: a JSON object a line with video_path and caption."""
+    image_jsonl_file: UserPath | None = None
+    """In place of a folder, a list: a JSON object a line with image_path and caption."""
     control_directory: Annotated[Any, not_yet(None, "control models cannot be trained; remove it")] = None
     multiple_target: Annotated[Any, not_yet(False, _OTHER_MODEL)] = False
     no_resize_control: Annotated[Any, not_yet(False, _OTHER_MODEL)] = False
@@ -101,7 +110,7 @@ class _File(Table):
     datasets: Annotated[
         tuple[MusubiDataset, ...], Lax, checked(lambda value: isinstance(value, list) and value != [], _NO_DATASET)
     ]
-    """One or more folders."""
+    """One or more folders, each begun with [[datasets]]."""
 
 
 _VIDEO_KEYS = ("target_frames", "frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps")
@@ -124,11 +133,12 @@ def is_musubi(source: Source) -> bool:
     return "directory" not in source.data and any(table in source.data for table in _TABLES)
 
 
-def from_musubi(source: Source, run_batch_size: Any = 1) -> Translated:
+def from_musubi(source: Source, batch_key: str = "micro_batch_size_per_gpu", run_batch: Any = 1) -> Translated:
     """`source` as `DatasetConfig` takes it.
 
     Args:
-        run_batch_size: micro_batch_size_per_gpu of the run TOML, for what is said of batch_size.
+        batch_key: what says in the run TOML how large batches are, for what is said of batch_size.
+        run_batch: its value.
 
     Raises:
         ConfigError: all that is wrong with the file, by its own keys.
@@ -136,9 +146,9 @@ def from_musubi(source: Source, run_batch_size: Any = 1) -> Translated:
     try:
         file = _File.model_validate(source.data)
     except ValidationError as error:
-        found = problems(error, source, _File, ())
+        found = problems(error, source, _File, _OURS)
     else:
-        folders = [_Folder(source, file, index, run_batch_size) for index in range(len(file.datasets))]
+        folders = [_Folder(source, file, index, (batch_key, run_batch)) for index in range(len(file.datasets))]
         found = [problem for folder in folders for problem in folder.wrong()]
     if found:
         raise ConfigError([text for _, text in sorted(found, key=lambda problem: problem[0])])
@@ -160,45 +170,45 @@ def from_musubi(source: Source, run_batch_size: Any = 1) -> Translated:
 class _Folder:
     """One [[datasets]] with what it takes from [general]."""
 
-    def __init__(self, source: Source, file: _File, index: int, run_batch_size: Any) -> None:
-        self._source, self._index, self._run_batch_size = source, index, run_batch_size
+    def __init__(self, source: Source, file: _File, index: int, run_batch: tuple[str, Any]) -> None:
+        self._source, self._index, self._run_batch = source, index, run_batch
         self._own, self._general = file.datasets[index], file.general
-        self._videos = self._own.video_directory is not None
+        self._given = [key for key in _SOURCES if getattr(self._own, key) is not None]
+        self._videos = self._given[:1] in ([key] for key in _VIDEO_SOURCES)
         self.places: dict[Location, Location] = {}  # our key -> where the file says it
 
     def wrong(self) -> list[Problem]:
         """What cannot work though each value by itself could."""
         here: Location = ("datasets", self._index)
-        given = [key for key in ("video_directory", "image_directory") if getattr(self._own, key)]
-        if len(given) != 1:
-            fault = "has both video_directory and image_directory; make it two" if given else "has no folder; add"
-            return [self._problem(here, f"{fault}{'' if given else ' a video_directory or an image_directory'}")]
+        if len(self._given) != 1:
+            several = f"has {' and '.join(self._given)}; give each a [[datasets]] of its own"
+            none = "has no folder; add a video_directory or an image_directory"
+            return [self._problem(here, several if self._given else none)]
         strays = [key for key in _VIDEO_KEYS if not self._videos and key in self._own.model_fields_set]
-        found = [self._problem((*here, key), "is for a video_directory; remove it") for key in strays]
-        if self._videos and self._lengths()[0] == (1,) and self._get("frame_extraction") != "full":
-            place = self._where("target_frames")
-            given = shown(list(self._get("target_frames")))
-            said = f"= {given} gives" if place[-1] == "target_frames" else "has no target_frames, which gives"
-            text = f"{said} stills of videos, and such are not trained on here; add a length: target_frames = [33]"
-            found.append(self._problem(place, text))
-        return found
+        text = f"is for videos, and this has {self._given[0]}; remove it"
+        return [self._problem((*here, key), text) for key in strays]
 
     def directory(self) -> dict[str, Any]:
         """The [[directory]] that stands for it."""
-        kind = "video" if self._videos else "image"
-        folder = {"path": str(self._take("path", f"{kind}_directory"))}
-        folder |= {"media": self._put("media", f"{kind}_directory", f"{kind}s")}
+        (source,) = self._given
+        folder = {"path": str(self._take("path", source))}
+        folder |= {"media": self._put("media", source, "videos" if self._videos else "images")}
         folder |= {ours: self._take(ours, theirs) for ours, theirs in _SAME.items()}
         size = self._size()
         folder["resolutions"] = self._put("resolutions", "resolution", [list(size)])
         if self._sorted():
             folder["enable_ar_bucket"] = self._put("enable_ar_bucket", "enable_bucket", True)
             folder["ar_buckets"] = self._put("ar_buckets", "resolution", [list(shape) for shape in shapes(size)])
+            # There a file of less area than its bucket gets a shape of its own, its sides rounded down to 16 px, and
+            # one of more area is enlarged where a side is too short. Here neither: `buckets.BucketTable.shapes`.
+            folder["bucket_no_upscale"] = self._take("bucket_no_upscale", "bucket_no_upscale")
         if not self._videos:
-            self._put("frame_buckets", "image_directory", None)  # what is said of it is of the kind of folder
+            self._put("frame_buckets", source, None)  # what is said of it is of the kind of folder
             return folder
         folder |= {ours: self._take(ours, theirs) for ours, theirs in _SAME_OF_VIDEOS.items()}
         folder["frame_buckets"] = self._put("frame_buckets", "target_frames", list(self._lengths()[0]))
+        stills = 1 in self._lengths()[0] and self._get("frame_extraction") != "full"
+        folder["stills"] = self._put("stills", "target_frames", stills)
         folder["fps"] = self._put("fps", "source_fps", self._get("source_fps") or "native")
         return folder
 
@@ -206,12 +216,12 @@ class _Folder:
         """What a person should know of it: where, and the text. The same text of several folders is said once."""
         notes = [("cache_directory", "cache_directory has no effect: cache_dir in the run TOML holds all entries")]
         notes = notes if self._get("cache_directory") is not None else []
-        batch, ours = self._get("batch_size"), self._run_batch_size
+        batch, (key, ours) = self._get("batch_size"), self._run_batch
         if batch not in (1, ours):
-            text = f"batch_size = {batch} has no effect: micro_batch_size_per_gpu = {shown(ours)} in the run TOML holds"
+            text = f"batch_size = {batch} has no effect: {key} = {shown(ours)} in the run TOML holds"
             notes.append(("batch_size", text))
-        if self._get("bucket_no_upscale"):
-            text = "bucket_no_upscale = true has no effect: what is smaller than its bucket is enlarged to it"
+        if self._get("bucket_no_upscale") and not self._sorted():
+            text = "bucket_no_upscale = true has no effect without enable_bucket, as in musubi-tuner"
             notes.append(("bucket_no_upscale", text))
         if self._videos:
             notes += self._said_of_videos()
@@ -224,12 +234,9 @@ class _Folder:
             text = f"enable_bucket = false crops videos to {width}x{height}; musubi-tuner heeds it for images alone"
             notes.append(("enable_bucket", text))
         if self._get("frame_extraction") != "full":
-            lengths, changed = self._lengths()
+            changed = self._lengths()[1]
             if changed:
                 notes.append(("target_frames", f"target_frames: {changed}"))
-            if 1 in lengths:
-                text = "target_frames has 1, and no stills are made of videos here: its other lengths are used"
-                notes.append(("target_frames", text))
         if self._get("source_fps") is None:
             text = "source_fps is not set, so every frame is used, whatever the rate of the file, as in musubi-tuner"
             notes.append(("source_fps", text))

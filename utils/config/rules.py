@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.config.batch_rules import batch_errors
 from utils.config.caption_rules import SOURCES, caption_advice
 from utils.config.clip_rules import clip_advice, clip_errors
 from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
@@ -15,6 +16,7 @@ from utils.config.messages import dotted, shown
 from utils.config.schema import AdapterConfig, OptimizerConfig, RunConfig
 from utils.config.size_rules import size_advice
 from utils.config.source import ConfigError, Location, Source
+from utils.config.weight_rules import held_out_advice, mask_errors, regularization_errors
 
 if TYPE_CHECKING:  # at run time models would bring torch
     from models.base import MediaSpec
@@ -44,8 +46,9 @@ def check_rules(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" 
     """
     run = loaded.run
     errors = _placed(loaded, "run", [*_stages(run, world_size), *_partition(run), *_saving(run), *_evaluation(run)])
-    errors += _placed(loaded, "run", list(_adapter(run)))
+    errors += _placed(loaded, "run", [*_adapter(run), *batch_errors(run)])
     errors += _placed(loaded, "run", [*_storage(loaded), *_experts(loaded)])
+    errors += _placed(loaded, "dataset", list(regularization_errors(run.adapter, loaded.dataset.directory)))
     for name, dataset in _datasets(loaded).items():
         errors += _placed(loaded, name, _dataset(dataset, loaded.sources.get(name), spec, loaded.run.video_clip_mode))
     return list(dict.fromkeys(errors))
@@ -62,6 +65,8 @@ def advice(loaded: LoadedConfig, spec: "MediaSpec | None" = None) -> list[str]:
         said += _placed(
             loaded, name, _dataset_advice(dataset, loaded.sources.get(name), spec, loaded.run.video_clip_mode)
         )
+    for name, dataset in loaded.eval_datasets.items():
+        said += _placed(loaded, f"eval:{name}", list(held_out_advice(dataset.directory)))
     return list(dict.fromkeys(said))
 
 
@@ -82,10 +87,14 @@ def check_paths(loaded: LoadedConfig, weights: bool = True) -> list[str]:
             found.append(_absent(("model", key), value))
     messages = _placed(loaded, "run", found)
     for name, dataset in _datasets(loaded).items():
-        folders = [(("directory", index, "path"), folder.path) for index, folder in enumerate(dataset.directory)]
+        keys = ("path", "mask_path", "default_mask_file")
+        named = ((("directory", i, key), getattr(of, key)) for i, of in enumerate(dataset.directory) for key in keys)
+        folders = [(at, path) for at, path in named if path]
         found = [_absent(at, path) for at, path in folders if not path.exists()]
-        files = [(at, path) for at, path in folders if path.is_file() and path.suffix.lower() not in SOURCES]
+        sources = [(at, path) for at, path in folders if at[-1] == "path" and path.is_file()]
+        files = [(at, path) for at, path in sources if path.suffix.lower() not in SOURCES]
         found += [_no_source(at, path) for at, path in files]
+        found += mask_errors(dataset.directory)
         messages += _placed(loaded, name, found)
     return list(dict.fromkeys(messages))
 
@@ -293,6 +302,9 @@ def _checkpoint_advice(run: RunConfig) -> Iterator[Finding]:
         yield (), f"{text}: if the run is killed, it cannot be resumed"
     if len(cadences) > 1:
         yield (cadences[0],), f"{' and '.join(cadences)} are both set: a checkpoint is written at either"
+    if run.on_nonfinite == "stop" and run.max_nonfinite != RunConfig.model_fields["max_nonfinite"].default:
+        text = f"max_nonfinite = {run.max_nonfinite} has no effect with on_nonfinite = 'stop'; it is for 'skip'"
+        yield ("max_nonfinite",), text
 
 
 def _rate_advice(run: RunConfig) -> Iterator[Finding]:
@@ -358,7 +370,7 @@ def _dataset_advice(
     found: list[Finding] = []
     for index, folder in enumerate(dataset.directory):
         mode = folder.video_clip_mode or run_mode
-        said = [*_folder_advice(folder), *clip_advice(folder, mode), *caption_advice(folder)]
+        said = [*_folder_advice(folder), *clip_advice(folder, mode, spec), *caption_advice(folder)]
         said += [*_image_advice(folder, spec), *size_advice(folder, spec)] if spec else []
         for key, text in said:
             place = _owner(source, index, key)

@@ -18,6 +18,7 @@ from utils.config.fields import (
     UserPath,
     checked,
     not_yet,
+    refusal,
 )
 
 COMMAND_LINE = "remove it and give --{0} on the command line"
@@ -32,9 +33,27 @@ Checkpointing = Annotated[
 ]
 
 
+SPIKE_FACTOR = "is no factor; use a number above 1, or 0 to be told of none"
+EXIT_CODE = "is no status to leave with; use 0, or a number from 64 to 113 such as 85: the others have a meaning"
+
+
+def _is_spike_factor(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and (value == 0 or 1 < value < math.inf)
+
+
+def _is_exit_code(value: Any) -> bool:
+    return type(value) is int and (value == 0 or 64 <= value <= 113)  # what sysexits.h and shells leave to programs
+
+
+MOST_EVAL_DATASETS = 100
+MOST_NAME = 100  # characters: it becomes part of a file's name
+
+
 def _eval_name(name: str) -> str:
     if not name or name == "train" or set(name) & set("/\\"):
         raise ValueError("cannot name a graph; use a name without slashes that is not 'train'")
+    if not name.isprintable() or len(name) > MOST_NAME:
+        raise ValueError(f"cannot name a graph and a file; use a name of one line and {MOST_NAME} letters at most")
     return name
 
 
@@ -168,7 +187,7 @@ class RunConfig(Table):
     """Every start makes a run folder in here, named by its UTC time."""
     dataset: UserPath
     """Dataset TOML of the training data."""
-    eval_datasets: Annotated[tuple[EvalDataset, ...], Lax] = ()
+    eval_datasets: Annotated[tuple[EvalDataset, ...], Lax, Field(max_length=MOST_EVAL_DATASETS)] = ()
     """Held-out sets: `{name = '...', config = '...'}` tables, or paths."""
     cache_dir: UserPath = None  # type: ignore[assignment]  # filled from output_dir below
     """Encoded latents and captions. Content-addressed, so several runs may share it. Default: `<output_dir>/cache`."""
@@ -181,16 +200,27 @@ class RunConfig(Table):
     """Passes over the dataset, in total, resumed ones included."""
     max_steps: Cadence = None
     """Stop after this many optimizer steps, if that comes first."""
-    micro_batch_size_per_gpu: BatchSize = 1
-    """Clips in one forward pass of one data rank; or `[[resolution, batch], ...]`, the nearest resolution counts."""
+    micro_batch_size_per_gpu: BatchSize | None = None
+    """Clips in one forward pass of one data rank; or `[[resolution, batch], ...]`, the nearest resolution counts.
+    Default: 1, or what max_tokens_per_gpu makes of it."""
     image_micro_batch_size_per_gpu: BatchSize | None = None
     """The same for images. Default: micro_batch_size_per_gpu."""
+    max_tokens_per_gpu: Cadence = None
+    """Tokens in one forward pass of one data rank, in place of the two above: as many clips of a bucket as fit in, one
+    at least, so that images and long clips cost about alike."""
     pipeline_stages: Count = 1
     """Devices that one copy of the model is spread over."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches in one optimizer step; they fill the pipeline."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient of all trained weights together. 0 turns clipping off."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows where loss or gradient of a step are NaN or infinite: end with a checkpoint, or leave the step out.
+    Either way no weight was changed by it."""
+    max_nonfinite: Annotated[int, Field(ge=0, le=99)] = 10
+    """With `on_nonfinite = 'skip'`: steps of any 100 that may be left out; one more ends the run."""
+    loss_spike_factor: Annotated[float, checked(_is_spike_factor, SPIKE_FACTOR)] = 10.0
+    """Warn, with the samples, of a step whose loss is above so many times the running mean. 0 never warns."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises from near zero."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
@@ -211,7 +241,7 @@ class RunConfig(Table):
     eval_before_first_step: bool = True
     """Evaluate the untrained model too, so that there is something to compare with."""
     eval_micro_batch_size_per_gpu: BatchSize | None = None
-    """Default: micro_batch_size_per_gpu. Changes the speed, never the losses."""
+    """Default: as in training. Changes the speed, never the losses."""
     image_eval_micro_batch_size_per_gpu: BatchSize | None = Field(
         default=None,
         validation_alias=AliasChoices("image_eval_micro_batch_size_per_gpu", "eval_image_micro_batch_size_per_gpu"),
@@ -231,6 +261,10 @@ class RunConfig(Table):
     """Write the whole training state after every so many epochs, to `global_stepN/`."""
     checkpoint_every_n_minutes: Annotated[float, Field(gt=0)] | None = None
     """Write the whole training state after every so many minutes, to `global_stepN/`."""
+    max_runtime_minutes: Annotated[float, Field(gt=0)] | None = None
+    """End with a checkpoint so that the whole job, caching included, takes no longer: for time-limited queues."""
+    requeue_exit_code: Annotated[int, checked(_is_exit_code, EXIT_CODE)] = 0
+    """Exit status of a run that max_runtime_minutes or SIGUSR1 has ended, for a job script that queues it again."""
     keep_last: Cadence = None
     """Checkpoints kept; older ones are deleted once a newer one is complete. Default: all. Saved models always stay."""
     save_dtype: FloatDtype | None = None
@@ -305,18 +339,29 @@ class RunConfig(Table):
     @classmethod
     def _cache_beside_runs(cls, value: Any) -> Any:
         if isinstance(value, dict) and "cache_dir" not in value and isinstance(value.get("output_dir"), str):
-            return {**value, "cache_dir": str(Path(value["output_dir"]) / "cache")}
+            wrong = refusal(Path(value["output_dir"]))  # told once, of output_dir
+            return {**value, "cache_dir": "cache" if wrong else str(Path(value["output_dir"]) / "cache")}
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_by_one(cls, value: Any) -> Any:
+        sizes = ("micro_batch_size_per_gpu", "max_tokens_per_gpu")
+        written = isinstance(value, dict) and any(value.get(key) is not None for key in sizes)
+        return {**value, sizes[0]: 1} if isinstance(value, dict) and not written else value
 
     @property
     def fused(self) -> tuple[FusedAdapter, ...]:
         """`fuse_adapters`, from whichever of its two places."""
         return self.fuse_adapters or (self.adapter.fuse_adapters if self.adapter else ())
 
-    def micro_batch_size(self, width: int, height: int, frames: int, *, evaluating: bool = False) -> int:
+    def micro_batch_size(self, width: int, height: int, frames: int, tokens: int, *, evaluating: bool = False) -> int:
         """Samples in one forward pass of a bucket of `width` x `height` px and `frames` frames.
 
         With `[[resolution, batch], ...]` the resolution nearest to sqrt(width * height) counts, the smaller on a tie.
+
+        Args:
+            tokens: of one of its samples inside the model, for `max_tokens_per_gpu`.
         """
         setting = self.micro_batch_size_per_gpu
         image = self.image_micro_batch_size_per_gpu
@@ -325,6 +370,9 @@ class RunConfig(Table):
             image = self.image_eval_micro_batch_size_per_gpu
         if frames == 1 and image is not None:
             setting = image
+        if setting is None:
+            assert self.max_tokens_per_gpu is not None, "filled in where neither was written"
+            return max(1, self.max_tokens_per_gpu // tokens)
         if isinstance(setting, int):
             return setting
         side = math.sqrt(width * height)

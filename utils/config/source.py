@@ -1,7 +1,7 @@
 """A TOML file as read: its values, and the line that each key stands on."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ import toml
 
 Location = tuple[str | int, ...]  # ("directory", 0, "path")
 
-MAX_BYTES = 1_000_000  # a config is a few kB; a path to a weight file given by mistake should not be parsed
+MAX_BYTES = 500_000  # a config is a few kB; a path to a weight file given by mistake should not be parsed
+MAX_INLINE_TABLES = 1000  # the parser's time grows with the square of their number
+MAX_DEPTH = 16  # lists in lists, tables in tables; a config has four, and the parser calls itself for each
 SECRET_KEYS = frozenset({"wandb_api_key"})
 
-_HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
+_HEADER = re.compile(r"\s*(\[\[?)([^\[\]]+)\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _TOKEN = re.compile(r"""'{3}|"{3}|'[^']*'|"(?:\\.|[^"\\])*"|#.*|[\[\]{}]""")
 # Wherever it stands: in its table, dotted, in an inline table, or in a line that is commented out.
@@ -30,6 +32,19 @@ _SYNTAX = {
     "Empty value": "nothing stands after the =",
 }
 _SYNTAX_ELSE = "text needs quotes, and a list its closing bracket"
+_ESCAPE = "in double quotes a \\ begins an escape; write the path in single quotes"
+# what the package lets through
+_FAULTS = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+# https://toml.io/en/v1.0.0: no control characters but tab and line ends, of which a lone CR is none
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
+
+
+class TooDeep(ValueError):
+    """Lists or tables nested too deeply, found on `line`."""
+
+    def __init__(self, line: int) -> None:
+        super().__init__(line)
+        self.line = line
 
 
 class ConfigError(ValueError):
@@ -84,18 +99,28 @@ def read_toml(path: Path, named_by: str) -> Source:
     """Parse `path`; `named_by` is what the message says named it, such as `run.toml:3: dataset`.
 
     Raises:
-        ConfigError: no such file, too large, not UTF-8 or not TOML.
+        ConfigError: no such file, too large, not UTF-8, nested too deeply or not TOML.
     """
     text = _read_text(path, f"{named_by} = '{path}'")
     try:
-        data = toml.loads(text)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:  # what the package lets through
+        lines = key_lines(text)
+    except TooDeep as error:
+        told = f"lists or tables stand more than {MAX_DEPTH} deep in each other; is this the right file?"
+        raise ConfigError([f"{path}:{error.line}: {told}"]) from None
+    try:
+        data = _plain(toml.loads(text))
+    except _FAULTS as error:
         raise ConfigError([_syntax_message(path, text, error)]) from None
-    return Source(path, _plain(data), key_lines(text))
+    source = Source(path, data, lines)
+    if large := [f"{source.where(at)}{at[-1]} is a number of more than 64 bits" for at in _too_large(data)]:
+        raise ConfigError(large)
+    return source
 
 
 def _read_text(path: Path, subject: str) -> str:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device may have no end
+            raise ConfigError([f"{subject}: is no file; name a TOML file"])
         size = path.stat().st_size
         raw = path.read_bytes() if size <= MAX_BYTES else b""
     except FileNotFoundError:
@@ -105,10 +130,18 @@ def _read_text(path: Path, subject: str) -> str:
     if size > MAX_BYTES:
         raise ConfigError([f"{subject}: {size:,} bytes is too large for a TOML file; is this the right file?"])
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise ConfigError([f"{path}:{line}: is not UTF-8 text; save the file as UTF-8"]) from None
+    if (tables := text.count("{")) > MAX_INLINE_TABLES:
+        told = f"{tables:,} inline tables are too many for a config; is this the right file?"
+        raise ConfigError([f"{subject}: {told}"])
+    if stray := _CONTROL.search(text):
+        line = text.count("\n", 0, stray.start()) + 1
+        told = f"has a control character ({stray[0]!r}), which no TOML file has; save it as plain text"
+        raise ConfigError([f"{path}:{line}: {told}"])
+    return text
 
 
 def _syntax_message(path: Path, text: str, error: Exception) -> str:
@@ -117,9 +150,18 @@ def _syntax_message(path: Path, text: str, error: Exception) -> str:
     number = getattr(error, "lineno", None)
     if number is None:
         return f"{path}: is not valid TOML: {mend}"
-    rows = redacted_text(text).splitlines()
-    shown = rows[number - 1].strip()[:80] if number <= len(rows) else ""
+    rows = redacted_text(text).split("\n")
+    if mend == _SYNTAX_ELSE and number <= len(rows) and re.search(r'"[^"]*\\', rows[number - 1]):
+        mend = _ESCAPE
+    shown = printable(rows[number - 1].strip()[:80]) if number <= len(rows) else ""
     return f"{path}:{number}: is not valid TOML: {shown}: {mend}"
+
+
+def printable(text: str) -> str:
+    """Escapes in place of what would move a terminal's cursor or change its colours."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _plain(value: Any) -> Any:
@@ -129,35 +171,52 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
+def _too_large(value: Any, location: Location = ()) -> Iterator[Location]:
+    """Where whole numbers stand that TOML has no place for, and seeds and counts neither."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _too_large(item, (*location, key))
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        yield location
+
+
 def redacted_text(text: str) -> str:
     """A config's text with its comments, secrets emptied: what may be copied into a run folder."""
     return _SECRET.sub(r"\1''", text)
 
 
 def key_lines(text: str) -> dict[Location, int]:
-    """The line of every key and table header; a repeated `[[table]]` is counted from 0."""
+    """The line of every key and table header; a repeated `[[table]]` is counted from 0.
+
+    Raises:
+        TooDeep: more than a parser should be given.
+    """
     lines: dict[Location, int] = {}
     counts: dict[Location, int] = {}
     table: Location = ()
     depth, fence = 0, ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # as the parser counts: text may hold other line ends
         rest = line
         if depth == 0 and not fence:
             if header := _HEADER.match(line):
-                table = _parts(header[2])
+                table = _parts(header[2], number)
                 if header[1] == "[[":
                     counts[table] = counts.get(table, -1) + 1
                     table = (*table, counts[table])
                 lines.setdefault(table, number)
                 continue
             if key := _KEY.match(line):
-                lines.setdefault((*table, *_parts(key[1])), number)
+                lines.setdefault((*table, *_parts(key[1], number)), number)
                 rest = line[key.end() :]
         depth, fence = _after(rest, depth, fence)
+        if depth > MAX_DEPTH:
+            raise TooDeep(number)
     return lines
 
 
-def _parts(dotted: str) -> Location:
+def _parts(dotted: str, line: int = 0) -> Location:
+    if dotted.count(".") > MAX_DEPTH:
+        raise TooDeep(line)
     return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
@@ -178,6 +237,8 @@ def _after(line: str, depth: int, fence: str) -> tuple[int, str]:
         if token[0] in ("'''", '"""'):
             fence = token[0]
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if depth > MAX_DEPTH:
+            break  # enough is known
     return max(depth, 0), fence
 
 
@@ -190,13 +251,14 @@ def with_overrides(source: Source, overrides: Sequence[str]) -> Source:
     data, errors, places = _plain(source.data), [], set(source.overridden)
     for override in overrides:
         key, equals, text = override.partition("=")
-        location = _parts(key)
+        location = tuple(part.strip().strip("\"'") for part in key.split(".", MAX_DEPTH))
         if not equals or not all(location):
             errors.append(f"--set {override}: is not key=value; write for instance --set optimizer.lr=1e-4")
             continue
         try:
+            key_lines(f"value = {text}")  # refuses what is too deep
             value = _plain(toml.loads(f"value = {text}")["value"])
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError):
+        except _FAULTS:
             errors.append(f"--set {override}: the value is not TOML; text needs quotes: --set \"{key}='{text}'\"")
             continue
         node = data

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.data.image import fitted, opened, shown_size
+from utils.data.image import fitted, opened, shown_size, special_of
 from utils.data.media_types import MediaError, Probe
+from utils.data.records import Framing
 
 ANIMATION_SUFFIXES = frozenset([".webp", ".png", ".avif"])  # GIF goes to FFmpeg
 _FORMATS = frozenset(["WEBP", "PNG", "AVIF"])
@@ -28,13 +29,20 @@ def probe_animation(path: Path) -> Probe:
     """Size, frames and average rate; decodes all of it, for only then Pillow tells how long each frame is shown."""
     with opened(path) as image:
         width, height = shown_size(image)
+        special = special_of(image)
         lengths = list(_frames(image))
     duration = sum(lengths, Fraction(0))
-    return Probe(width, height, len(lengths), len(lengths) / duration, duration, True)
+    return Probe(width, height, len(lengths), len(lengths) / duration, duration, True, special)
 
 
 def decode_animation(
-    path: Path, start: Fraction, fps: Fraction, numbers: Sequence[int], out: np.ndarray, source_fps: Fraction
+    path: Path,
+    start: Fraction,
+    fps: Fraction,
+    numbers: Sequence[int],
+    out: np.ndarray,
+    source_fps: Fraction,
+    framing: Framing | None = None,
 ) -> None:
     """What `video.decode_video` does, with the same arguments."""
     due = [start + number / fps for number in numbers]  # s, or frames of the file
@@ -47,7 +55,7 @@ def decode_animation(
             end += 1 if source_fps else length
             first = done
             while done < len(due) and due[done] < end:
-                out[done] = fitted(image, width, height) if done == first else out[first]
+                out[done] = fitted(image, width, height, framing) if done == first else out[first]
                 done += 1
             if done == len(due):
                 return

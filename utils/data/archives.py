@@ -1,10 +1,12 @@
 """Tar archives, unpacked once into the cache: nothing of them is written outside of their own folder there."""
 
+import contextlib
 import json
 import os
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ _FREE_SHARE = 0.9  # of the free disk that an archive may fill
 _HASHED = "archive"  # marks an archive's hash in the index
 _VERSION = 1  # of the notes; raise it when other members are refused
 _PIECE_BYTES = 2**20
+_UNPACK_S = 3600.0  # that one may take: before that nobody takes away what has no note yet
 
 
 class Unpacked(NamedTuple):
@@ -47,6 +50,8 @@ class Archives:
             reasons = self._found(folder)
             if reasons is None:
                 reasons = self._unpack(path, folder)
+            with contextlib.suppress(OSError):  # a cache of somebody else, perhaps
+                os.utime(_note(folder))  # so that one can tell which are in use
         except (tarfile.TarError, EOFError, PermissionError) as error:
             return Unpacked(None, [Skipped(path, f"cannot be read as a tar archive: {error}", bad=True)])
         return Unpacked(folder, [Skipped(path, reason, bad=True) for reason in reasons])
@@ -86,6 +91,34 @@ class Archives:
                     shutil.rmtree(folder)
                 _rename(whole, folder)
         return reasons
+
+
+class Stored(NamedTuple):
+    """An archive as it lies unpacked."""
+
+    folder: Path
+    name: str  # of the archive when it was unpacked; "?" where nothing tells
+    size: int  # bytes
+    used: float  # s since the epoch: when a start or a plan last read it
+
+
+def stored(root: Path) -> Iterator[Stored]:
+    """Everything that was unpacked to `root`, what killed processes have left included."""
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ():
+        size = sum(
+            os.lstat(os.path.join(inside, name)).st_size for inside, _, files in os.walk(folder) for name in files
+        )
+        try:
+            name, used = json.loads(_note(folder).read_bytes())["archive"], _note(folder).stat().st_mtime
+        except (OSError, ValueError, LookupError, TypeError):  # cut off while it was unpacked, or still at it
+            name, used = "?", folder.stat().st_mtime + _UNPACK_S
+        yield Stored(folder, name, size, used)
+
+
+def remove(archive: Stored) -> None:
+    """Take an unpacked archive away; a start that needs it unpacks it again."""
+    _note(archive.folder).unlink(missing_ok=True)  # first: what is left after a crash then counts for nothing
+    shutil.rmtree(archive.folder, ignore_errors=True)
 
 
 def _rename(whole: Path, folder: Path) -> None:

@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Protocol
 
 from models.base import MediaSpec
+from utils.data.listing import plural
 from utils.data.media_types import resampled_frames
 from utils.data.records import Bucket, MediaFile
 
@@ -47,19 +49,29 @@ class BucketSettings(Protocol):
     def size_buckets(self) -> Sequence[Sequence[int]] | None:
         """[width, height, frames], in place of all the others."""
 
+    @property
+    def bucket_no_upscale(self) -> bool: ...
+
+    @property
+    def crop(self) -> str:
+        """With "pad" files lie inside their shape; else they cover it."""
+
 
 @dataclass(frozen=True)
 class BucketTable:
     """Every shape that a directory trains in.
 
     A file goes to the aspect ratio nearest to its own by logarithm, and to the most frames that it fills at the model's
-    rate. A video never goes to the one-frame bucket: it would be a single frame under a caption that tells of motion.
+    rate. A video goes to the one-frame bucket with `stills` alone: it would be a single frame under a caption that
+    tells of motion.
     """
 
     spec: MediaSpec
     areas: tuple[tuple[float, tuple[Size, ...]], ...]  # ratio -> one size per resolution; empty with size_buckets
     frames: tuple[int, ...]  # ascending; empty with size_buckets
     fixed: tuple[Bucket, ...]  # size_buckets
+    no_upscale: bool = False  # what a shape would enlarge goes to a smaller one
+    pad: bool = False  # files lie inside their shape; else they cover it
 
     def assign(self, media: MediaFile) -> list[Bucket] | str:
         """One bucket per resolution, or why there is none, without the file's name."""
@@ -77,22 +89,64 @@ class BucketTable:
             return f"is an image, and {least}; images are skipped, give it videos or choose a model that takes images"
         return [frames for frames in self.frame_lengths() if (frames > 1) == media.is_video] or _no_bucket(media)
 
-    def shapes(self, media: MediaFile, lengths: Sequence[int], every: bool = False) -> list[Bucket]:
-        """The buckets of a file, one per resolution.
+    def shapes(self, media: MediaFile, lengths: Sequence[int], every: bool = False) -> list[Bucket] | str:
+        """The buckets of a file, one per resolution, or why there is none, without the file's name.
 
         Args:
             lengths: frames that the file fills, ascending; size_buckets that have none of them take the length on.
             every: in each of `lengths`, not in the longest alone.
         """
+        nearest = self._nearest(media, lengths, every)
+        if not self.no_upscale:
+            return nearest
+        size = media.width, media.height
+        if self.fixed:
+            kept = [bucket for bucket in nearest if not self._enlarges(size, bucket)]
+            return kept or self._largest(size, lengths, every) or _below(size, nearest[0], self.spec)
+        smaller = [(bucket, self._within(size, bucket)) for bucket in nearest]
+        found = dict.fromkeys(Bucket(*shape, bucket.frames) for bucket, shape in smaller if shape)
+        return [*found] or _narrow(size, self.spec)
+
+    def is_small(self, media: MediaFile, lengths: Sequence[int], every: bool = False) -> bool:
+        """Whether `shapes` are others than those of files that are large enough."""
+        if not self.no_upscale:
+            return False
+        return any(self._enlarges((media.width, media.height), b) for b in self._nearest(media, lengths, every))
+
+    def _enlarges(self, size: Size, bucket: Bucket) -> bool:
+        return _enlarges(size, (bucket.width, bucket.height), self.pad)
+
+    def _within(self, size: Size, bucket: Bucket) -> Size | None:
+        """The shape itself, or the largest one like it for which a picture of `size` is not enlarged."""
+        shape = bucket.width, bucket.height
+        # musubi-tuner gives each such file a shape of its own, its sides rounded down; those of one shape share batches
+        return _largest_within(size, shape, self.spec, self.pad) if self._enlarges(size, bucket) else shape
+
+    def _largest(self, size: Size, lengths: Sequence[int], every: bool) -> list[Bucket]:
+        """The largest of size_buckets for which a picture of `size` is not enlarged, in one length or in every one."""
+        covered = [bucket for bucket in self._listed(lengths) if not self._enlarges(size, bucket)]
+        if not covered:
+            return []
+        ratio = math.log(size[0] / size[1])
+        away = {b: abs(math.log(b.width / b.height) - ratio) for b in covered}
+        best = max(covered, key=lambda b: (b.width * b.height, -away[b], b.frames))
+        return sorted({b for b in covered if b[:2] == best[:2]}, key=lambda b: b.frames) if every else [best]
+
+    def _listed(self, lengths: Sequence[int]) -> list[Bucket]:
+        """Of size_buckets those of `lengths`, or all for videos at these lengths."""
+        videos = [bucket for bucket in self.fixed if bucket.frames > 1]
+        return [bucket for bucket in self.fixed if bucket.frames in lengths] or [
+            bucket._replace(frames=frames) for bucket in videos for frames in lengths
+        ]
+
+    def _nearest(self, media: MediaFile, lengths: Sequence[int], every: bool) -> list[Bucket]:
+        """`shapes` of a file that is large enough."""
         log_ratio = math.log(media.width / media.height)
         if not self.fixed:
             sizes = min(self.areas, key=lambda row: abs(math.log(row[0]) - log_ratio))[1]
             kept = lengths if every else lengths[-1:]
             return [Bucket(width, height, frames) for frames in kept for width, height in sizes]
-        videos = [bucket for bucket in self.fixed if bucket.frames > 1]
-        found = [bucket for bucket in self.fixed if bucket.frames in lengths] or [
-            bucket._replace(frames=frames) for bucket in videos for frames in lengths
-        ]
+        found = self._listed(lengths)
         away = [abs(math.log(bucket.width / bucket.height) - log_ratio) for bucket in found]
         nearest = {b.frames: b for b, far in reversed([*zip(found, away, strict=True)]) if far == min(away)}
         kept = sorted(nearest) if every else [max(nearest)]
@@ -109,6 +163,7 @@ def bucket_table(settings: BucketSettings, spec: MediaSpec, any_length: bool = F
     Args:
         any_length: videos have lengths of their own, so that none need be listed.
     """
+    framing = settings.bucket_no_upscale, settings.crop == "pad"
     if settings.size_buckets:
         if any_length:
             raise ValueError("size_buckets names lengths, and video_clip_mode = 'full' takes none; use resolutions")
@@ -116,14 +171,14 @@ def bucket_table(settings: BucketSettings, spec: MediaSpec, any_length: bool = F
         for bucket in fixed:
             _require_fit("size_buckets", bucket, spec)
         _require_trainable("size_buckets", [bucket.frames for bucket in fixed], spec)
-        return BucketTable(spec, (), (), fixed)
+        return BucketTable(spec, (), (), fixed, *framing)
     # diffusion-pipe always has a one-frame bucket, so that images need no setting.
     frames = tuple(sorted({*(settings.frame_buckets or ()), 1}))
     for count in frames:
         _require_frames("frame_buckets", count, spec)
     if not any_length:
         _require_trainable("frame_buckets", frames, spec)
-    return BucketTable(spec, _areas(settings, spec), frames, ())
+    return BucketTable(spec, _areas(settings, spec), frames, (), *framing)
 
 
 def _areas(settings: BucketSettings, spec: MediaSpec) -> tuple[tuple[float, tuple[Size, ...]], ...]:
@@ -162,6 +217,29 @@ def _unique(sizes: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
+def _enlarges(size: Size, shape: Size, pad: bool) -> bool:
+    """Whether a picture of `size` is enlarged where it covers `shape`, or lies in it with padding."""
+    larger = shape[0] > size[0], shape[1] > size[1]
+    return all(larger) if pad else any(larger)
+
+
+@lru_cache(maxsize=4096)  # a folder has few sizes, and many files of each
+def _largest_within(size: Size, shape: Size, spec: MediaSpec, pad: bool) -> Size | None:
+    """Of the sizes that the model takes, with about the aspect ratio of `shape`, the largest that does not enlarge a
+    picture of `size`; None where a side of the picture is too short for any."""
+    width, height = shape
+    sizes = [
+        (side, spec.nearest_side(side * height / width))
+        for side in range(spec.pixel_multiple, width + 1, spec.pixel_multiple)
+    ]
+    sizes += [
+        (spec.nearest_side(side * width / height), side)
+        for side in range(spec.pixel_multiple, height + 1, spec.pixel_multiple)
+    ]
+    found = [found for found in sizes if not _enlarges(size, found, pad)]
+    return max(found, key=lambda s: (s[0] * s[1], -abs(math.log(s[0] * height / (s[1] * width)))), default=None)
+
+
 def _require_fit(key: str, bucket: Bucket, spec: MediaSpec) -> None:
     multiple = spec.pixel_multiple
     if min(bucket) < 1 or bucket.width % multiple or bucket.height % multiple:
@@ -189,11 +267,26 @@ def _no_bucket(media: MediaFile) -> str:
     return "is an image, and every bucket is for videos; add a bucket of 1 frame to size_buckets"
 
 
+def _below(size: Size, bucket: Bucket, spec: MediaSpec) -> str:
+    """Why a file of `size` has no place in size_buckets that may not enlarge it."""
+    step = spec.pixel_multiple
+    fitting = [size[0] // step * step, size[1] // step * step, bucket.frames]
+    if not all(fitting):
+        return _narrow(size, spec)
+    told = "smaller than each of size_buckets, and with bucket_no_upscale = true nothing is enlarged"
+    return f"is {size[0]}x{size[1]} px, {told}; add a bucket such as {fitting}"
+
+
+def _narrow(size: Size, spec: MediaSpec) -> str:
+    told = f"too small for the model's {spec.pixel_multiple} px a side, and with bucket_no_upscale = true not enlarged"
+    return f"is {size[0]}x{size[1]} px, {told}"
+
+
 def too_short(media: MediaFile, source_fps: Fraction, fps: Fraction, smallest: int) -> str:
     """Why a video taken at `source_fps` has no place where clips of `fps` have `smallest` frames or more."""
-    there = f"{media.frames} frames at {_rate(source_fps)} fps"
+    there = f"{plural(media.frames, 'frame')} at {_rate(source_fps)} fps"
     length = resampled_frames(media.frames, source_fps, fps)
-    at_model = "" if source_fps == fps else f" = {length} frames at {_rate(fps)} fps"
+    at_model = "" if source_fps == fps else f" = {plural(length, 'frame')} at {_rate(fps)} fps"
     return f"{there}{at_model}; the smallest video bucket is {smallest}"
 
 

@@ -15,10 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from models.base import NotFiniteError
 from utils.data.stat_index import StatIndex, hash_file
 
 # Part of every key: raise it when the meaning of a recipe or of a stored tensor changes.
 _SCHEMA = 1
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)  # json.dumps makes one a call
 _MAX_HEADER_BYTES = 2**20  # an entry has a handful of tensors; a longer header is damage
 
 
@@ -39,20 +41,25 @@ class CacheStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._root = os.fspath(root)
 
     @staticmethod
     def key(kind: str, recipe: Mapping[str, Any]) -> str:
         """Name of the entry that `recipe`, JSON-able and complete, leads to; 40 hex digits."""
-        text = json.dumps([_SCHEMA, kind, recipe], sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = _ENCODER.encode([_SCHEMA, kind, recipe])
         return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
     def path(self, kind: str, key: str) -> Path:
-        return self.root / kind / key[:2] / f"{key}.safetensors"
+        return Path(self.name(kind, key))
+
+    def name(self, kind: str, key: str) -> str:
+        """`path` as text: a start looks at every entry, and pathlib takes longer for that than the disk."""
+        return f"{self._root}/{kind}/{key[:2]}/{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
         """Whether the entry is there and as long as its header says. Reads no more than the header."""
         try:
-            with self.path(kind, key).open("rb") as file:
+            with open(self.name(kind, key), "rb", buffering=0) as file:
                 start, header = _read_header(file)
                 ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
                 return start + max(ends, default=0) == os.fstat(file.fileno()).st_size
@@ -89,16 +96,21 @@ class CacheStore:
             note: goes into the file's header for people; `name` says what was encoded and is used in errors.
 
         Raises:
-            ValueError: a tensor holds NaN or infinity.
+            NotFiniteError: a tensor holds NaN or infinity.
         """
-        for field, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{note.get('name', key)}: encoding gave NaN or infinity in {field!r}; nothing stored")
+        refuse_not_finite(tensors, note.get("name", key))
         plain = {field: tensor.contiguous() for field, tensor in tensors.items()}
         unmarked = safetensors.torch.save(plain)
         start, _ = _read_header(io.BytesIO(unmarked))
         marks = {**note, "crc32": _checksum(unmarked, start)}  # of the tensors alone, so that the header can hold it
         write_whole(self.path(kind, key), safetensors.torch.save(plain, marks))
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises `NotFiniteError` where a tensor holds NaN or infinity; `name` says what it was made of."""
+    for field, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise NotFiniteError(f"{name}: encoding gave NaN or infinity in {field!r}; nothing stored")
 
 
 def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:

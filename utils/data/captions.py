@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import json
 import math
+import os
 import stat
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -80,9 +81,10 @@ def decode_text(data: bytes) -> str:
 def read_caption_file(path: Path) -> list[Weighted]:
     """The one caption in `path`, none where there is no such file; raises `Unusable`."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a fifo would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a fifo would wait for ever
             raise Unusable(f"its caption {path.name} is not a regular file", bad=True)
-        return [Weighted(decode_text(path.read_bytes()))]
+        with open(path, "rb", buffering=0) as file:
+            return [Weighted(decode_text(file.read()))]
     except FileNotFoundError:
         return []
     except OSError as error:

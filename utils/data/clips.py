@@ -7,10 +7,13 @@ from typing import NamedTuple, Protocol
 
 from models.base import MediaSpec
 from utils.data.buckets import BucketTable, too_short
+from utils.data.framing import framed
 from utils.data.listing import Skipped
 from utils.data.media_types import resampled_frames
-from utils.data.plan import counter_hash
+from utils.data.plan import counter_draws
 from utils.data.records import Bucket, Clip, Fill, MediaFile
+
+_UNTOLD = Fraction(0)
 
 
 class ClipSettings(Protocol):
@@ -35,6 +38,19 @@ class ClipSettings(Protocol):
     @property
     def short_clips(self) -> str: ...
 
+    @property
+    def stills(self) -> bool: ...
+
+    @property
+    def crop(self) -> str:
+        """A name in `framing.CROPS`."""
+
+    @property
+    def crop_sample(self) -> int: ...
+
+    @property
+    def flip(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class ClipRules:
@@ -46,6 +62,10 @@ class ClipRules:
     max_frames: int = 129  # of "full"
     fps: str | float = "model"  # "model", "native", or the frames a second that the files really have
     short_clips: str = "skip"  # or "loop", "pad", "smaller_bucket"
+    stills: bool = False  # clips of one frame as well
+    crop: str = "center"
+    crop_sample: int = 1  # crops of "random", in turn
+    flip: bool = False  # the mirror image as well, in turn
 
     def __post_init__(self) -> None:
         if self.mode not in CLIP_MODES:
@@ -61,6 +81,10 @@ class ClipRules:
             settings.max_frames,
             settings.fps,
             settings.short_clips,
+            settings.stills,
+            settings.crop,
+            settings.crop_sample,
+            settings.flip,
         )
 
     @property
@@ -74,7 +98,7 @@ class ClipRules:
         "native" is the model's own rate: each frame of the file is one of the clip.
         """
         if isinstance(self.fps, str):
-            return spec.fps if self.fps == "native" else Fraction(0)
+            return spec.fps if self.fps == "native" else _UNTOLD
         return Fraction(str(self.fps))  # as it was written: 23.976 as a float is a little more
 
 
@@ -126,13 +150,7 @@ def _evenly(last: int, count: int) -> Sequence[int]:
 
 def _random(media: MediaFile, length: int, frames: int, rules: ClipRules) -> Sequence[int]:
     # Of the file's content alone: another seed or name finds the same clips in the cache, and more of them add to it.
-    places = length - frames + 1
-    drawn: dict[int, None] = {}
-    draw = 0
-    while len(drawn) < min(rules.frame_sample, places):
-        drawn[counter_hash("start", media.content_hash, frames, draw) % places] = None
-        draw += 1
-    return list(drawn)
+    return counter_draws(rules.frame_sample, length - frames + 1, "start", media.content_hash, frames)
 
 
 # name in `video_clip_mode` -> rule; chunk, slide, uniform, full and head are musubi-tuner's, by its code
@@ -160,11 +178,27 @@ def cut_clips(media: MediaFile, table: BucketTable, rules: ClipRules, group: int
         table: made for `rules.any_length`.
         group: index of the [[directory]].
     """
+    clips = _cut(media, table, rules, group)
+    if isinstance(clips, Skipped):
+        return clips
+    return [framed(clip, rules.crop, rules.crop_sample, rules.flip) for clip in clips]
+
+
+def _cut(media: MediaFile, table: BucketTable, rules: ClipRules, group: int) -> list[Clip] | Skipped:
+    """The same in one framing."""
     if not media.is_video:
         buckets = table.assign(media)
         if isinstance(buckets, str):
             return Skipped(media.path, buckets, bad=False)
         return [Clip(media, bucket, Fraction(0), Fraction(0), group) for bucket in buckets]
+    moving, stills = _moving(media, table, rules, group), _stills(media, table, rules, group)
+    if isinstance(moving, Skipped):
+        return stills or moving
+    return [*moving, *stills]
+
+
+def _moving(media: MediaFile, table: BucketTable, rules: ClipRules, group: int) -> list[Clip] | Skipped:
+    """The clips of a video that have more than one frame."""
     spec, mode = table.spec, CLIP_MODES[rules.mode]
     wanted = _wanted(media, table, rules)
     if isinstance(wanted, str):
@@ -178,10 +212,24 @@ def cut_clips(media: MediaFile, table: BucketTable, rules: ClipRules, group: int
         return Skipped(media.path, too_short(media, source_fps, spec.fps, wanted[0]), bad=False)
     if mode.own_length and not fill:
         fitting = [_whole(min(length, rules.max_frames), spec)]
+    buckets = table.shapes(media, fitting, mode.every_length)
+    if isinstance(buckets, str):
+        return Skipped(media.path, buckets, bad=False)
     clips: list[Clip] = []
-    for bucket in table.shapes(media, fitting, mode.every_length):
+    for bucket in buckets:
         clips += _at(bucket, media, length, fill, rules, spec, group)
     return clips
+
+
+def _stills(media: MediaFile, table: BucketTable, rules: ClipRules, group: int) -> list[Clip]:
+    """Single frames of a video, where the mode would start clips of one frame: musubi-tuner's target_frames = [1]."""
+    length = clip_frames(media, rules, table.spec)
+    if not rules.stills or not table.spec.images or length < 1:
+        return []
+    shapes = table.shapes(media, [1])
+    if isinstance(shapes, str):
+        return []
+    return [clip for shape in shapes for clip in _at(shape, media, length, None, rules, table.spec, group)]
 
 
 def clip_frames(media: MediaFile, rules: ClipRules, spec: MediaSpec) -> int:
@@ -191,10 +239,21 @@ def clip_frames(media: MediaFile, rules: ClipRules, spec: MediaSpec) -> int:
 
 def is_short(clip: Clip, table: BucketTable, rules: ClipRules) -> bool:
     """Whether the clip is of a video that fills no listed length, and was kept."""
-    if rules.short_clips == "skip" or not clip.media.is_video:
+    if rules.short_clips == "skip" or not clip.media.is_video or clip.bucket.frames == 1:
         return False
     wanted = _wanted(clip.media, table, rules)
     return clip.fill is not None or clip.bucket.frames < min(wanted)
+
+
+def is_small(clip: Clip, table: BucketTable, rules: ClipRules) -> bool:
+    """Whether the clip is of a file that its bucket would enlarge, and went to a smaller one."""
+    if not table.no_upscale:
+        return False
+    lengths = [1]  # of images and stills, whatever else is listed
+    if clip.bucket.frames > 1:
+        wanted, length = _wanted(clip.media, table, rules), clip_frames(clip.media, rules, table.spec)
+        lengths = [frames for frames in wanted if frames <= length] or wanted[:1]
+    return table.is_small(clip.media, lengths, CLIP_MODES[rules.mode].every_length)
 
 
 def _wanted(media: MediaFile, table: BucketTable, rules: ClipRules) -> list[int] | str:
@@ -226,7 +285,8 @@ def _at(
         return [Clip(media, bucket, begin, spec.fps, group, source_fps, fill)]
     starts = [begin + start / spec.fps for start in dict.fromkeys(mode.starts(media, length, bucket.frames, rules))]
     # Frame i of T stands for frame i (N - 1) / (T - 1) of N: the same as a slower rate from the first on.
-    fps = spec.fps * (bucket.frames - 1) / (length - 1) if mode.stretched else spec.fps
+    stretched = mode.stretched and bucket.frames > 1
+    fps = spec.fps * (bucket.frames - 1) / (length - 1) if stretched else spec.fps
     if mode.in_turn:
         return [Clip(media, bucket, starts[0], fps, group, source_fps, turns=tuple(starts[1:]))]
     return [Clip(media, bucket, start, fps, group, source_fps) for start in starts]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from models.base import Draw, MicroBatch, ModelFamily
@@ -49,7 +50,7 @@ class CachedDataset:
         return other
 
     def training_batch(self, items: Sequence[Item]) -> MicroBatch:
-        """The micro-batch of one forward pass, on the CPU."""
+        """The micro-batch of one forward pass, on the CPU, with what each sample counts in the loss."""
         samples, draws = [], []
         for item in items:
             entry = self.entries[item.entry]
@@ -57,12 +58,14 @@ class CachedDataset:
             samples.append(self._read(entry, self._caption_of(entry, path), item.turn))
             quantile, noise = counter_uniform("quantile", *path), counter_hash("noise", *path)
             draws.append(Draw(quantile, noise, counter_uniform("choice", *path)))
-        return self.family.micro_batch(samples, draws)
+        weights = torch.tensor([self.entries[item.entry].weight for item in items])
+        return self.family.micro_batch(samples, draws)._replace(weights=weights)
 
     def eval_batch(self, items: Sequence[EvalItem]) -> MicroBatch:
         """Fixed quantiles, noise fixed by sample and quantile, no dropout, always the first caption and start.
 
         The choice is fixed by sample alone: at every quantile and in every evaluation it is a sample of the same task.
+        Samples have no weights here: what is held out is measured alike, whatever teaches more.
         """
         samples, draws = [], []
         for item in items:
@@ -84,7 +87,8 @@ class CachedDataset:
         """What every encoder made of one sample, in one dict."""
         sample: dict[str, Tensor] = {}
         try:
-            for kind, key in (*entry.media_of(turn), *([(TEXT, text_key)] if text_key else [])):
+            text = [(TEXT, text_key)] if text_key else []
+            for kind, key in (*entry.media_of(turn), *entry.mask_of(turn), *text):
                 tensors = self.store.read(kind, key)
                 assert sample.keys().isdisjoint(tensors), f"{kind} has a tensor of the name that another encoder gave"
                 sample |= tensors

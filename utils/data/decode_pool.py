@@ -19,8 +19,8 @@ import numpy as np
 from multiprocess.reduction import DupFd
 
 from utils.data.media import decode_clip
-from utils.data.records import Bucket, Fill
-from utils.data.workers import WorkerPool
+from utils.data.records import Bucket, Fill, Framing
+from utils.data.workers import DECODE_TIMEOUT, WorkerPool
 
 Shape = tuple[int, int, int, int]  # frames, h, w, 3
 OVERTAKE_S = 2.0  # what is decoded waits for so long for one that takes longer
@@ -35,8 +35,9 @@ class PixelJob(NamedTuple):
     start: Fraction  # s
     fps: Fraction  # 0 for an image
     bucket: Bucket
-    source_fps: Fraction = Fraction(0)  # this and `fill` as in `Clip`
+    source_fps: Fraction = Fraction(0)  # this, `fill` and `framing` as in `Clip`
     fill: Fill | None = None
+    framing: Framing | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +87,7 @@ def decoded_clips(
     ring = SharedRing(most + held, slot_bytes)
     free, recent = deque(range(most + held)), deque[int]()
     items = ((free.popleft(), job) for job in chain([first], jobs))
-    with WorkerPool(_DecodeTask(ring, ends_only), min(workers, most), timeout_s) as pool:
+    with WorkerPool(_DecodeTask(ring, ends_only), min(workers, most), timeout_s, DECODE_TIMEOUT) as pool:
         outcomes = pool.run(items, lambda: min(most, ahead(most)), lambda item: item[1].name, OVERTAKE_S)
         for (slot, job), _, error in outcomes:
             pixels = None if error else ring.slot(slot, _shape(job.bucket, ends_only))
@@ -154,5 +155,5 @@ class _DecodeTask:
         width, height, frames = job.bucket
         only = (0, frames - 1) if self._ends_only else None
         out = self._ring.slot(index, _shape(job.bucket, self._ends_only))
-        source, how = (job.path, job.is_video, job.start, job.fps), {"source_fps": job.source_fps, "fill": job.fill}
-        decode_clip(*source, frames, width, height, only=only, out=out, **how)
+        source, how = (job.path, job.is_video, job.start, job.fps), (job.source_fps, job.fill, job.framing)
+        decode_clip(*source, frames, width, height, only, out, *how)

@@ -9,6 +9,7 @@ from utils.data.captions import lacks_trigger
 from utils.data.inspection import Look
 from utils.data.records import Clip
 
+TRAIN_AND_EVAL = "train and eval"  # the one kind that stops the start
 _ALIKE_BITS = 12  # of 192: prints that differ in no more are of the same pictures
 _MOST_COMPARED = 5_000  # prints; each is held against every other
 _LONG_STILL = 0.5  # share of a clip that stands still
@@ -131,7 +132,7 @@ def _in_two_datasets(clips: Sequence[Measured]) -> Iterable[Finding]:
         for name, path in paths.items():
             if name != train and train in paths:
                 text = f"is also a training file: {paths[train]}; the start refuses this, take it out of one of the two"
-                yield Finding(name, path, "train and eval", text)
+                yield Finding(name, path, TRAIN_AND_EVAL, text)
 
 
 def _duplicates(clips: Sequence[Measured]) -> Iterable[Finding]:

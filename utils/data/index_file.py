@@ -12,25 +12,34 @@ from typing import Any
 
 from utils.data.captions import Unusable, decode_text, weighted_captions
 from utils.data.listing import Item, Listing, Skipped, some
+from utils.data.mask_files import MaskFolder
 from utils.data.media import MEDIA_SUFFIXES
 
-COLUMNS = ("path", "caption", "start", "end")
+COLUMNS = ("path", "caption", "start", "end", "weight", "mask_path")
 # They would change the training, so to pass over them would be to train on something else.
-_NOT_YET = ("weight", "is_regularization", "mask_path", "control_path")
+_NOT_YET = ("control_path",)
+_OWN_DIRECTORY = "is_regularization"  # holds for a whole [[directory]]
+# In musubi-tuner's lists the media stand under these names, as seen from the working directory; its later versions look
+# in the list's own folder too.
+_FROM_HERE = ("video_path", "image_path")
 _DELIMITERS = (",", ";", "\t")  # a spreadsheet writes what its user's country has
 _NOTHING = (None, "")
 
 Row = tuple[int, Mapping[str, Any] | str]  # number of the line; what it says, or what is wrong with it
 
 
-def list_index(path: Path) -> Listing:
+def list_index(path: Path, masks: MaskFolder | None = None) -> Listing:
     """The media that the rows of `path` name, from its own folder on; each row is in the listing.
 
     `caption` is as `weighted_captions` takes it, in a CSV as text, in several columns of that name, or as JSON. Where a
-    row has none, the text file beside the media is read. `start` and `end` are seconds of the video.
+    row has none, the text file beside the media is read. `start` and `end` are seconds of the video,
+    and `weight` is what it counts in the loss. `mask_path` names the file that says where it does.
+
+    Args:
+        masks: where the mask of a row is looked for that names none.
 
     Raises:
-        ValueError: the file is not text, has no column `path`, or columns that are not supported yet.
+        ValueError: the file is not text, has no column `path`, or columns that are not supported.
     """
     try:
         text = decode_text(path.read_bytes())
@@ -45,15 +54,18 @@ def list_index(path: Path) -> Listing:
         if isinstance(row, str):
             skipped.append(Skipped(path, f"line {line}: {row}", bad=True))
             continue
-        strange |= set(row) - {*COLUMNS, *_NOT_YET}
+        strange |= set(row) - {*COLUMNS, *_FROM_HERE, *_NOT_YET, _OWN_DIRECTORY}
         if unknown := [key for key in _NOT_YET if row.get(key) not in _NOTHING]:
             raise ValueError(f"{path}: line {line}: column {unknown[0]!r} is not supported yet; remove it")
-        if not isinstance(row.get("path"), str) or not row["path"].strip():
+        if row.get(_OWN_DIRECTORY) not in _NOTHING:
+            mend = f"give such clips a [[directory]] of its own with {_OWN_DIRECTORY} = true, and remove the column"
+            raise ValueError(f"{path}: line {line}: column {_OWN_DIRECTORY!r} is not for single clips; {mend}")
+        media = _media(path.parent, row)
+        if media is None:
             skipped.append(Skipped(path, f"line {line}: has no path", bad=True))
             continue
-        media = Path(os.path.join(path.parent, row["path"].strip()))
         try:
-            item = _item(media, row, where)
+            item = _item(media, row, where)._replace(mask=_mask(media, row, path.parent, masks))
         except Unusable as error:
             skipped.append(Skipped(media, f"{where}: {error}", error.bad))
             continue
@@ -65,6 +77,16 @@ def list_index(path: Path) -> Listing:
             skipped.append(Skipped(media, reason, bad=False))
     notices = [f"columns without effect: {some(strange)}"] if strange else []
     return Listing(items, skipped, notices)
+
+
+def _media(folder: Path, row: Mapping[str, Any]) -> Path | None:
+    """The file that a row of an index in `folder` names."""
+    key = next((key for key in ("path", *_FROM_HERE) if row.get(key) not in _NOTHING), "path")
+    name = row.get(key)
+    if not isinstance(name, str) or not name.strip():
+        return None
+    from_here = key in _FROM_HERE and os.path.exists(name.strip())
+    return Path(name.strip()) if from_here else Path(os.path.join(folder, name.strip()))
 
 
 def _item(media: Path, row: Mapping[str, Any], where: str) -> Item:
@@ -82,7 +104,7 @@ def _item(media: Path, row: Mapping[str, Any], where: str) -> Item:
         written = None if row.get("caption") is None else weighted_captions(media.name, row["caption"])
     except ValueError as error:
         raise Unusable(str(error), bad=True) from None
-    return Item(media, written, where, start or Fraction(0), end)
+    return Item(media, written, where, start or Fraction(0), end, _weight(row))
 
 
 def _seconds(row: Mapping[str, Any], key: str) -> Fraction | None:
@@ -97,10 +119,36 @@ def _seconds(row: Mapping[str, Any], key: str) -> Fraction | None:
         raise Unusable(f"its {key} is {value!r}; write seconds as a number, 0 or more, such as 2.5", bad=True) from None
 
 
+def _mask(media: Path, row: Mapping[str, Any], folder: Path, masks: MaskFolder | None) -> Path | None:
+    value = row.get("mask_path")
+    if value in _NOTHING:
+        name = os.path.relpath(media, folder)
+        return masks.of(media.name if name.startswith("..") else name) if masks else None
+    mask = Path(os.path.join(folder, value.strip())) if isinstance(value, str) else None
+    if mask is None or not mask.is_file():
+        raise Unusable(f"its mask_path is {value!r}, and no such file is there, seen from {folder}", bad=True)
+    return mask
+
+
+def _weight(row: Mapping[str, Any]) -> float:
+    value = row.get("weight")
+    if value in _NOTHING:
+        return 1.0
+    try:
+        if isinstance(value, bool) or not 0 < float(value) < math.inf:
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        mend = "write a number above 0, or remove the row to train without it"
+        raise Unusable(f"its weight is {value!r}; {mend}", bad=True) from None
+
+
 # --- the formats ------------------------------------------------------------------------------------------------------
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Row]:
+    if text.lstrip().startswith("["):  # no row does, so one wrong line would become as many as the list has
+        raise ValueError(f"{path}: is one JSON list; write each of its objects on a line of its own, without [ and ,")
     # Not splitlines(): JSON may hold the line separators of Unicode as they are.
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip():

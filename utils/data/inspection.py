@@ -3,20 +3,24 @@
 Free of torch: every worker imports this module.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from utils.data.media import decode_clip
-from utils.data.records import Clip
+from utils.data.media_types import picture_box
+from utils.data.records import Bucket, Clip, Framing
 from utils.data.scan import reason_of
+from utils.data.scenes import scene_changes
 from utils.data.stat_index import StatIndex
-from utils.data.workers import Progress, Silent, WorkerPool
+from utils.data.workers import DECODE_TIMEOUT, Progress, Silent, WorkerPool
 
 LOOKS_FILE = "looks.jsonl"  # beside the cache's entries
-_VERSION = 1  # raise it when `measure` tells other numbers of the same frames
-_TIMEOUT_S = 120.0
+_VERSION = 2  # raise it when `measure` tells other numbers of the same frames
 _SIDE_PX = 96  # the longer one, of what is looked at
 _MOST_FRAMES = 49  # of a clip, evenly spread
 _GRID = (12, 16)  # rows and columns of the blocks whose colours are compared: grain and codec noise average out
@@ -26,9 +30,6 @@ _BLACK_MEAN, _BLACK_BRIGHT = 12.0, 48.0  # a frame whose mean and whose 99th per
 _BAR_LEVEL = 20.0  # 98 of 100 pixels of a row of a bar lie below, in every frame
 _BAR_LEAST = 0.03  # of the picture, on each of two opposite sides
 _STILL_LEVEL, _STILL_BLOCKS = 1.5, 3  # fewer blocks than this have changed by more: grain may reach one
-_CUT_LEVEL = 14.0  # mean change over all blocks
-_CUT_RATIOS = (3.5, 1.7)  # how many times the median, and the largest, of the changes around it
-_CUT_SPAN = 4  # frames around it, before and after
 _FLAT_LEVEL = 4.0  # a frame whose blocks differ by less has nothing to be told apart by
 
 
@@ -43,9 +44,18 @@ class Look(NamedTuple):
 
 
 def look_at(
-    clips: Iterable[Clip], *, workers: int, index: StatIndex, progress: Progress | None = None
+    clips: Iterable[Clip],
+    *,
+    workers: int,
+    index: StatIndex,
+    progress: Progress | None = None,
+    timeout_s: float = 120.0,
 ) -> tuple[dict[str, Look], dict[str, str]]:
-    """Looks by `view_of`, remembered in `index`; and for views that cannot be decoded the reason."""
+    """Looks by `view_of`, remembered in `index`; and for views that cannot be decoded the reason.
+
+    Args:
+        timeout_s: how long one clip may take.
+    """
     progress = progress or Silent()
     wanted: dict[str, Clip] = {}
     for clip in clips:
@@ -61,24 +71,41 @@ def look_at(
             looks[view] = _from_json(known)
     if unknown:
         progress.start(len(unknown), "looking at clips")
-        with WorkerPool(inspect, min(workers, len(unknown)), _TIMEOUT_S) as pool:
+        left = Counter(clip.media.path for clip in unknown)
+        news: dict[Path, dict[str, Look]] = {path: {} for path in left}
+        with WorkerPool(inspect, min(workers, len(unknown)), timeout_s, DECODE_TIMEOUT) as pool:
             for outcome in pool.run(unknown, ahead=4 * max(1, workers), name=lambda clip: str(clip.media.path)):
-                clip, view = outcome.item, view_of(outcome.item)
+                clip, view, path = outcome.item, view_of(outcome.item), outcome.item.media.path
                 if outcome.error is None:
-                    looks[view] = outcome.value
-                    index.put(clip.media.path, {**_remembered(index, clip), view: outcome.value})
+                    looks[view] = news[path][view] = outcome.value
                 else:
                     reasons[view] = reason_of(outcome.error)
-                progress.advance(1, clip.media.path.name)
+                left[path] -= 1
+                if not left[path] and news[path]:  # once a file: each time all of its looks are written again
+                    index.put(path, {**_remembered(index, clip), **news.pop(path)})
+                progress.advance(1, path.name)
         progress.done()
     return looks, reasons
 
 
 def view_of(clip: Clip) -> str:
     """Name of what is looked at: content, moments and shape. Clips of one file at several areas share it."""
+    clip = _bare(clip)
     size = "x".join(map(str, small_size(clip, _SIDE_PX)))
     parts = (clip.start, clip.fps, clip.source_fps, clip.bucket.frames, clip.fill and tuple(clip.fill), size)
+    parts += (clip.framing.row(),) if clip.framing else ()
     return f"{_VERSION} {clip.media.content_hash} {' '.join(map(str, parts))}"
+
+
+def _bare(clip: Clip) -> Clip:
+    """`clip` as its file shows it: not mirrored, and without padding, which would be taken for bars of the file's."""
+    if not clip.framing:
+        return clip
+    size, shape = (clip.media.width, clip.media.height), (clip.bucket.width, clip.bucket.height)
+    left, top, right, bottom = picture_box(size, shape, clip.framing)
+    framing = clip.framing._replace(flip=False, pad=False)
+    bucket = Bucket(right - left, bottom - top, clip.bucket.frames)
+    return replace(clip, bucket=bucket, framing=None if framing == Framing() else framing)
 
 
 def small_size(clip: Clip, side_px: int) -> tuple[int, int]:
@@ -89,9 +116,9 @@ def small_size(clip: Clip, side_px: int) -> tuple[int, int]:
 
 
 def frames_of(clip: Clip, numbers: Sequence[int], width: int, height: int) -> np.ndarray:
-    """Frames `numbers` of `clip`, uint8 [N, height, width, 3], cropped as for its bucket. Raises `MediaError`."""
+    """Frames `numbers` of `clip`, uint8 [N, height, width, 3], framed as for its bucket. Raises `MediaError`."""
     media, frames = clip.media, clip.bucket.frames
-    how = {"source_fps": clip.source_fps, "fill": clip.fill}
+    how = {"source_fps": clip.source_fps, "fill": clip.fill, "framing": clip.framing}
     return decode_clip(
         media.path, media.is_video, clip.start, clip.fps, frames, width, height, only=list(numbers), **how
     )
@@ -105,6 +132,7 @@ def spread(frames: int, most: int) -> list[int]:
 
 def inspect(clip: Clip) -> Look:
     """Runs in the worker processes. Raises `MediaError`."""
+    clip = _bare(clip)
     numbers = spread(clip.bucket.frames, _MOST_FRAMES)
     pixels = frames_of(clip, numbers, *small_size(clip, _SIDE_PX))
     fps = float(clip.fps)
@@ -129,7 +157,7 @@ def measure(pixels: np.ndarray, times_s: Sequence[float]) -> Look:
     blocks = _blocks(pixels)
     black = (luma.mean((1, 2)) < _BLACK_MEAN) & (np.percentile(luma, 99, (1, 2)) < _BLACK_BRIGHT)
     bars = (0.0, 0.0) if black.all() else (_bars(luma), _bars(luma.swapaxes(1, 2)))
-    cuts = tuple(round(times_s[i], 2) for i in _cuts(blocks))
+    cuts = tuple(round(times_s[i], 2) for i in scene_changes(blocks, times_s))
     return Look(round(float(black.mean()), 3), _still(blocks), bars, cuts, _print(luma))
 
 
@@ -164,24 +192,6 @@ def _still(blocks: np.ndarray) -> float:
             start = i
         longest = max(longest, i - start)
     return round(longest / (frames - 1), 3) if frames > 1 else 0.0
-
-
-def _cuts(blocks: np.ndarray) -> list[int]:
-    """Frames that show another scene than the one before them.
-
-    The change must stand out from the motion around it, and last: after a flash the old scene is back.
-    """
-    flat = blocks.reshape(len(blocks), -1)
-    change = np.abs(np.diff(flat, axis=0)).mean(1)  # [N - 1]: from frame i to i + 1
-    found = []
-    for i in np.flatnonzero(change >= _CUT_LEVEL):
-        around = np.concatenate([change[max(0, i - _CUT_SPAN) : i], change[i + 1 : i + 1 + _CUT_SPAN], [1.0]])
-        before, after = flat[max(0, i - 1)], flat[min(len(flat) - 1, i + 2)]
-        lasts = np.abs(after - before).mean() >= change[i] / 2
-        to_median, to_largest = _CUT_RATIOS
-        if lasts and change[i] >= max(to_median * np.median(around), to_largest * around.max()):
-            found.append(int(i) + 1)
-    return found
 
 
 def _print(luma: np.ndarray) -> str:

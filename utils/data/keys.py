@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.base import Encoder
+from models.base import Encoder, MediaSpec
 from utils.data.cache import CacheStore, FingerprintIndex
-from utils.data.media_types import DECODE_VERSION
-from utils.data.records import TEXT, Clip
+from utils.data.masks import MASK_VERSION, MaskJob, Strides
+from utils.data.media_types import DECODE_VERSION, picture_box
+from utils.data.records import MASK, TEXT, Clip
+
+_MOMENTS = ("start", "fps", "source_fps", "fill")  # of a recipe: what an image as a mask has nothing of
 
 
 class Keys:
@@ -36,9 +39,29 @@ class Keys:
         return CacheStore.key(TEXT, {"caption": caption, "encoder": self._fingerprints[TEXT]})
 
     @staticmethod
+    def mask(clip: Clip, spec: MediaSpec) -> MaskJob | None:
+        """What makes the loss mask of the clip's `start` alone, under its key; None where all of it counts.
+
+        Clips that are cut out alike share it: of an image the moments do not matter, and of the media only the shape.
+        """
+        mask, (width, height, _) = clip.media.mask, clip.bucket
+        box = picture_box((clip.media.width, clip.media.height), (width, height), clip.framing)
+        if mask is None and box == (0, 0, width, height):
+            return None
+        strides = Strides(spec.frame_stride, spec.latent_stride)
+        recipe = {"version": MASK_VERSION, "box": box, "strides": strides, "bucket": clip.bucket}
+        if mask:
+            shared = ("special",) if mask.is_video else ("special", *_MOMENTS)
+            recipe |= {key: value for key, value in _recipe(clip).items() if key not in shared}
+            recipe["media"] = mask.content_hash
+        return MaskJob.of(CacheStore.key(MASK, recipe), clip, box, strides)
+
+    @staticmethod
     def sample(clip: Clip) -> str:
         """Free of the encoders, so that another VAE or text encoder draws the same noise for the same sample."""
-        turns = {"turns": [str(start) for start in clip.turns]} if clip.turns else {}
+        turns: dict[str, Any] = {"turns": [str(start) for start in clip.turns]} if clip.turns else {}
+        if clip.framings:
+            turns["framings"] = [framing and framing.row() for framing in clip.framings]
         return CacheStore.key("sample", {"clip": _recipe(clip), "captions": clip.media.captions, **turns})
 
 
@@ -53,6 +76,10 @@ def _recipe(clip: Clip) -> dict[str, Any]:
     }
     if clip.source_fps:
         recipe["source_fps"] = str(clip.source_fps)
+    if clip.media.special:
+        recipe["special"] = clip.media.special
     if clip.fill:
         recipe["fill"] = list(clip.fill)
+    if clip.framing:
+        recipe["framing"] = clip.framing.row()
     return recipe

@@ -1,5 +1,6 @@
-"""The nouns of listing what a [[directory]] names: Item, Skipped, Listing."""
+"""The nouns of listing what a [[directory]] names, and what messages say of them: Item, Skipped, Listing."""
 
+import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +30,8 @@ class Item(NamedTuple):
     source: str = ""  # name of the file that has `written`
     start: Fraction = Fraction(0)  # s; the part of a video that may be used
     end: Fraction | None = None  # s; None is the video's end
+    weight: float = 1.0  # what it counts in the loss
+    mask: Path | None = None  # says where it does
 
 
 class Listing(NamedTuple):
@@ -37,6 +40,26 @@ class Listing(NamedTuple):
     items: list[Item]
     skipped: list[Skipped]
     notices: list[str]
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 file`, `3 files`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def by_reason(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
+    """Names of files, and why they are left out: a row a reason, those of many files first.
+
+    A reason that names a file beside its own, such as its caption, names `*.txt` where it is that of several.
+    """
+    groups: dict[str, list[Skipped]] = {}
+    for item in skipped:
+        groups.setdefault(re.sub(rf"\b{re.escape(item.path.stem)}(?=\.[a-z])", "*", item.reason), []).append(item)
+    rows = []
+    for reason, items in sorted(groups.items(), key=lambda group: -len(group[1])):
+        several = f"{len(items)} files: {some(item.path.name for item in items)}"
+        rows.append((items[0].path.name, items[0].reason) if len(items) == 1 else (several, reason))
+    return rows
 
 
 def some(names: Iterable[str]) -> str:

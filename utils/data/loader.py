@@ -40,6 +40,11 @@ class StepLoader:
         self._step += 1
         return self._take(count)
 
+    def again(self, step: int) -> list[MicroBatch]:
+        """All micro-batches of a step that was taken before, made anew."""
+        make = self._dataset_at(step).training_batch
+        return [make(items) for items in self._plan.step(step).micro_batches_of(self._data_rank)]
+
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 

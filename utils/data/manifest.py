@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
@@ -12,13 +12,15 @@ from typing import Any, NamedTuple, Protocol
 from models.base import Encoder, MediaSpec
 from utils.data.buckets import BucketSettings, bucket_table
 from utils.data.cache import CacheStore, FingerprintIndex, write_whole
-from utils.data.clips import ClipRules, ClipSettings, cut_clips, is_short
+from utils.data.clips import ClipRules, ClipSettings, cut_clips, is_short, is_small
 from utils.data.decode_pool import PixelJob
 from utils.data.keys import Keys
 from utils.data.listing import Skipped
-from utils.data.records import TEXT, Bucket, Clip, Entry, Fill
+from utils.data.masks import MaskJob, too_short
+from utils.data.records import MASK, TEXT, Bucket, Clip, Entry, Fill, Framing
 from utils.data.scan import ScanSettings, scan_directory
 from utils.data.stat_index import StatIndex
+from utils.data.whole import lacking
 from utils.data.workers import Progress
 
 # Beside the entries, in the cache's root.
@@ -34,12 +36,24 @@ class DirectorySettings(ScanSettings, BucketSettings, ClipSettings, Protocol):
     @property
     def num_repeats(self) -> float: ...
 
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def is_regularization(self) -> bool: ...
+
 
 class Group(NamedTuple):
     """One [[directory]]."""
 
     path: Path
     num_repeats: float
+    weight: float = 1.0  # what its samples count in the loss
+    is_regularization: bool = False  # its samples hold the adapter to what the model knew without it
+
+    @classmethod
+    def of(cls, settings: DirectorySettings) -> "Group":
+        return cls(Path(settings.path), settings.num_repeats, settings.weight, settings.is_regularization)
 
 
 class CaptionJob(NamedTuple):
@@ -53,7 +67,7 @@ class CaptionJob(NamedTuple):
         return repr(self.caption if len(self.caption) <= 60 else self.caption[:57] + "...")
 
 
-Job = PixelJob | CaptionJob
+Job = PixelJob | CaptionJob | MaskJob
 
 
 class Cut(NamedTuple):
@@ -101,17 +115,23 @@ class Manifest:
         """Less the entries of which anything could not be made; `failed` is the cache's key -> why."""
         lost = self.lost_with(failed)
         reasons = dict.fromkeys(failed[key] for entry in self.entries for key in entry.media_keys if key in failed)
+        masks = ((failed[key], entry) for entry in self.entries for key in entry.mask_keys if key in failed)
+        reasons |= dict.fromkeys(why._replace(reason=f"as the mask of {of.name}: {why.reason}") for why, of in masks)
         return replace(
             self,
-            entries=[entry for entry in self.entries if lost.isdisjoint(entry.media_keys)],
+            entries=[entry for entry in self.entries if entry.is_free_of(failed)],
             skipped=[*self.skipped, *reasons],
             jobs={kind: [job for job in jobs if job.key not in lost] for kind, jobs in self.jobs.items()},
         )
 
     def lost_with(self, failed: Collection[str]) -> set[str]:
-        """`failed` and every other key of the clips that they are of: a clip counts whole or not at all."""
+        """`failed` and every other key of the clips that they are of, but for what others need: a clip counts whole or
+        not at all."""
+        kept: set[str] = set()
         lost = set(failed)
-        return lost.union(*(entry.media_keys for entry in self.entries if not lost.isdisjoint(entry.media_keys)))
+        for entry in self.entries:
+            (kept if entry.is_free_of(failed) else lost).update(entry.media_keys, entry.mask_keys)
+        return lost - kept
 
 
 def build_manifest(
@@ -147,14 +167,17 @@ def build_manifest(
         raise ValueError(f"{files} cannot be used (skip_bad_media = true goes on without):{lines}")
     if not clips:
         raise ValueError(_nothing_left(directories, skipped))
-    entries, wanted, empty = _collect(clips, Keys(encoders, FingerprintIndex(store.root / WEIGHTS_FILE)))
+    groups = [Group.of(settings) for settings in directories]
+    keys = Keys(encoders, FingerprintIndex(store.root / WEIGHTS_FILE))
+    entries, wanted, empty = _collect(clips, groups, keys, spec)
     missing = {
-        kind: [job for job in jobs.values() if regenerate or not store.has(kind, job.key)]
+        kind: [jobs[key] for key in jobs if key in absent]
         for kind, jobs in wanted.items()
+        for absent in [jobs if regenerate else lacking(store, kind, jobs)]
     }
     return Manifest(
         entries=entries,
-        groups=[Group(Path(settings.path), settings.num_repeats) for settings in directories],
+        groups=groups,
         skipped=skipped,
         jobs=missing,
         counts={kind: Count(len(jobs), len(jobs) - len(missing[kind])) for kind, jobs in wanted.items()},
@@ -213,16 +236,26 @@ def _clips_of(
         settings, workers=workers, index=index, archives=archives, progress=progress
     )
     clips: list[Clip] = []
-    short = 0
+    short = small = alone = 0
     for file in media:
         cut = cut_clips(file, table, rules, group)
         if isinstance(cut, Skipped):
             skipped.append(cut)
+        elif short_mask := next(filter(None, map(too_short, cut)), None):
+            skipped.append(Skipped(file.path, short_mask, bad=True))
         else:
             clips += cut
             short += is_short(cut[0], table, rules)
+            small += is_small(cut[0], table, rules)
+            alone += file.is_video and cut[0].bucket.frames == 1
+    if alone and (rules.any_length or max(table.frame_lengths()) > 1):
+        notices.append(f"{folder}: {'1 video fills' if alone == 1 else f'{alone} videos fill'} no bucket: stills alone")
     if short:
         notices.append(_of_short(folder, short, rules.short_clips))
+    if small:
+        which = "1 file is smaller than its bucket" if small == 1 else f"{small} files are smaller than their buckets"
+        done = "are trained at the largest size of their bucket's shape, or of size_buckets, that they fill"
+        notices.append(f"{folder}: {which}; with bucket_no_upscale = true such {done}")
     return Cut(clips, skipped, notices)
 
 
@@ -251,7 +284,9 @@ def _nothing_left(directories: Sequence[DirectorySettings], skipped: Sequence[Sk
 # --- entries and jobs -------------------------------------------------------------------------------------------------
 
 
-def _collect(clips: Sequence[Clip], keys: Keys) -> tuple[list[Entry], dict[str, dict[str, Job]], str]:
+def _collect(
+    clips: Sequence[Clip], groups: Sequence[Group], keys: Keys, spec: MediaSpec
+) -> tuple[list[Entry], dict[str, dict[str, Job]], str]:
     """The entries, everything that must be in the cache by kind and key, and the key of the empty caption."""
     jobs: dict[str, dict[str, Job]] = {kind: {} for kind in keys.kinds}
 
@@ -266,13 +301,17 @@ def _collect(clips: Sequence[Clip], keys: Keys) -> tuple[list[Entry], dict[str, 
         starts.setdefault(clip.media.path, set()).add(clip.start)
     entries = []
     for clip in clips:
-        media, media_keys = clip.media, ()
+        media, media_keys, mask_keys = clip.media, (), ()
         for turn in clip.each_turn():
-            source = (media.path, media.is_video, turn.start, turn.fps, turn.bucket, turn.source_fps, turn.fill)
+            when = (turn.start, turn.fps, turn.bucket, turn.source_fps, turn.fill)
+            source = (media.path, media.is_video, *when, turn.framing)
             found = keys.media(turn)
             media_keys += found
             for kind, key in zip(keys.media_kinds, found, strict=True):
                 jobs[kind].setdefault(key, PixelJob(key, *source))
+            if mask := keys.mask(turn, spec):
+                jobs.setdefault(MASK, {}).setdefault(mask.key, mask)
+                mask_keys += (mask.key,)
         several = len(starts[media.path]) > 1
         entries.append(
             Entry(
@@ -283,6 +322,8 @@ def _collect(clips: Sequence[Clip], keys: Keys) -> tuple[list[Entry], dict[str, 
                 media_kinds=keys.media_kinds,
                 media_keys=media_keys,
                 text_keys=tuple(map(want, media.captions)) if TEXT in keys.kinds else (),
+                weight=media.weight * groups[clip.group].weight,
+                mask_keys=mask_keys,
             )
         )
     return entries, jobs, want("") if TEXT in keys.kinds else ""
@@ -293,18 +334,23 @@ def _collect(clips: Sequence[Clip], keys: Keys) -> tuple[list[Entry], dict[str, 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     clips: dict[tuple[Any, ...], int] = {}  # what is decoded -> its row; several encoders look at the same clip
-    jobs = {
-        kind: wanted if kind == TEXT else [[job.key, clips.setdefault(job[1:], len(clips))] for job in wanted]
-        for kind, wanted in manifest.jobs.items()
-    }
+
+    def of_pixels(job: PixelJob) -> list[Any]:
+        return [job.key, clips.setdefault(job[1:], len(clips))]
+
+    row: dict[str, Callable[[Any], Any]] = {TEXT: list, MASK: MaskJob.row}  # of a job, by kind
+    jobs = {kind: [*map(row.get(kind, of_pixels), wanted)] for kind, wanted in manifest.jobs.items()}
     return {
         "media_kinds": manifest.entries[0].media_kinds if manifest.entries else (),
-        "entries": [[e.sample_id, e.name, e.bucket, e.group, e.media_keys, e.text_keys] for e in manifest.entries],
-        "groups": [[str(group.path), group.num_repeats] for group in manifest.groups],
+        "entries": [
+            [e.sample_id, e.name, e.bucket, e.group, e.media_keys, e.text_keys, e.weight, e.mask_keys]
+            for e in manifest.entries
+        ],
+        "groups": [[str(group.path), *group[1:]] for group in manifest.groups],
         "skipped": [[str(item.path), item.reason, item.bad] for item in manifest.skipped],
         "clips": [
-            [str(path), is_video, str(start), str(fps), bucket, str(source_fps), fill]
-            for path, is_video, start, fps, bucket, source_fps, fill in clips
+            [str(path), is_video, str(start), str(fps), bucket, str(source_fps), fill, framing and framing.row()]
+            for path, is_video, start, fps, bucket, source_fps, fill, framing in clips
         ],
         "jobs": jobs,
         "counts": manifest.counts,
@@ -317,20 +363,25 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
 def _from_json(content: Mapping[str, Any]) -> Manifest:
     kinds = tuple(content["media_kinds"])
     clips = [
-        (Path(path), is_video, Fraction(start), Fraction(fps), Bucket(*bucket), Fraction(taken), fill and Fill(*fill))
-        for path, is_video, start, fps, bucket, taken, fill in content["clips"]
+        (
+            *(Path(path), is_video, Fraction(start), Fraction(fps), Bucket(*bucket), Fraction(taken)),
+            *(fill and Fill(*fill), framing and Framing.of_row(framing)),
+        )
+        for path, is_video, start, fps, bucket, taken, fill, framing in content["clips"]
     ]
+
+    def of_pixels(row: Any) -> Job:
+        return PixelJob(row[0], *clips[row[1]])
+
+    job: dict[str, Callable[[Any], Job]] = {TEXT: CaptionJob._make, MASK: MaskJob.of_row}  # by kind
     return Manifest(
         entries=[
-            Entry(sample_id, name, Bucket(*bucket), group, kinds, tuple(media_keys), tuple(text_keys))
-            for sample_id, name, bucket, group, media_keys, text_keys in content["entries"]
+            Entry(sample_id, name, Bucket(*bucket), group, kinds, tuple(media), tuple(text), weight, tuple(masks))
+            for sample_id, name, bucket, group, media, text, weight, masks in content["entries"]
         ],
-        groups=[Group(Path(path), num_repeats) for path, num_repeats in content["groups"]],
+        groups=[Group(Path(path), *rest) for path, *rest in content["groups"]],
         skipped=[Skipped(Path(path), reason, bad) for path, reason, bad in content["skipped"]],
-        jobs={
-            kind: [CaptionJob(*row) if kind == TEXT else PixelJob(row[0], *clips[row[1]]) for row in rows]
-            for kind, rows in content["jobs"].items()
-        },
+        jobs={kind: [*map(job.get(kind, of_pixels), rows)] for kind, rows in content["jobs"].items()},
         counts={kind: Count(*count) for kind, count in content["counts"].items()},
         empty_text_key=content["empty_text_key"],
         contents=content["contents"],

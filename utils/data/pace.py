@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from utils.data.cache import write_whole
 from utils.data.manifest import Manifest
-from utils.data.records import TEXT, Bucket
+from utils.data.records import MASK, TEXT, Bucket
 
 PACE_FILE = "pace.json"  # in the cache's root
 
@@ -30,7 +30,8 @@ def record_pace(root: Path, manifests: Iterable[Manifest], seconds: float, devic
     """Remember how long the jobs of `manifests` took, unless more was measured before: of few clips most of the time
     is loading."""
     jobs = {(kind, job.key): job for each in manifests for kind, jobs in each.jobs.items() for job in jobs}
-    pace = Pace(pixels_of(job.bucket for (kind, _), job in jobs.items() if kind != TEXT), seconds, device, ranks)
+    encoded = (job.bucket for (kind, _), job in jobs.items() if kind not in (TEXT, MASK))
+    pace = Pace(pixels_of(encoded), seconds, device, ranks)
     known = read_pace(root)
     if pace.pixels and (known is None or known.device != device or known.pixels <= pace.pixels):
         write_whole(root / PACE_FILE, json.dumps(pace._asdict()).encode())

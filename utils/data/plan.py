@@ -86,6 +86,7 @@ class EpochPlan:
         for index, entry in enumerate(entries):
             self._members.setdefault(entry.bucket, {}).setdefault(entry.group, []).append(index)
         self._members = {bucket: self._members[bucket] for bucket in sorted(self._members)}
+        self._buckets = list(self._members)
         # str() first: 0.1 as a float is not a tenth, and the difference adds up over epochs
         self._repeats = [Fraction(str(value)) for value in repeats]
         self._batch = {bucket: batch_of(bucket) for bucket in self._members}
@@ -109,7 +110,8 @@ class EpochPlan:
     def step(self, step: int) -> StepPlan:
         """Step `step` (from 0) of the run."""
         epoch = self.epoch_of(step)
-        bucket, index = self._epoch_steps(epoch)[step - self.first_step(epoch)]
+        place, index = self._epoch_steps(epoch)[step - self.first_step(epoch)].tolist()
+        bucket = self._buckets[place]
         return StepPlan(step, epoch, bucket, self._stream(bucket, index, epoch), self._batch[bucket])
 
     def samples_before(self, step: int) -> int:
@@ -120,8 +122,9 @@ class EpochPlan:
         whole = sum(
             self._cumulative(b, epoch - 1) // self._batch[b].samples * self._batch[b].samples for b in self._members
         )
-        part = self._epoch_steps(epoch)[: step - self.first_step(epoch)]
-        return whole + sum(self._batch[bucket].samples for bucket, _ in part)
+        part = self._epoch_steps(epoch)[: step - self.first_step(epoch), 0]
+        steps = np.bincount(part, minlength=len(self._buckets)).tolist()
+        return whole + sum(n * self._batch[bucket].samples for n, bucket in zip(steps, self._buckets, strict=True))
 
     def counts(self) -> list[BucketCount]:
         """The arithmetic of the first epoch, a row a bucket."""
@@ -152,33 +155,37 @@ class EpochPlan:
         """Samples of a bucket drawn in the first `epochs` epochs."""
         return sum(self._drawn(bucket, group, epochs) for group in self._members[bucket])
 
-    def _build_epoch(self, epoch: int) -> list[tuple[Bucket, int]]:
+    def _build_epoch(self, epoch: int) -> np.ndarray:
+        """Place in `_buckets` and number of the bucket's step, of each step: [steps, 2]."""
         steps = []
-        for bucket in self._members:
+        for place, bucket in enumerate(self._buckets):
             size = self._batch[bucket].samples
-            first, last = self._cumulative(bucket, epoch - 1) // size, self._cumulative(bucket, epoch) // size
-            steps += [(bucket, index) for index in range(first, last)]
-        order = _generator(self.seed, "steps", epoch).permutation(len(steps))
-        return [steps[i] for i in order]
+            numbers = np.arange(self._cumulative(bucket, epoch - 1) // size, self._cumulative(bucket, epoch) // size)
+            steps.append(np.stack([np.full_like(numbers, place), numbers], axis=1))
+        whole = np.concatenate(steps)
+        return whole[_generator(self.seed, "steps", epoch).permutation(len(whole))]
 
-    def _build_samples(self, bucket: Bucket, epoch: int) -> list[Item]:
-        """What an epoch adds to a bucket's stream.
+    def _build_samples(self, bucket: Bucket, epoch: int) -> np.ndarray:
+        """What an epoch adds to a bucket's stream: entry and turn of each sample, [samples, 2].
 
         Directories are mixed, yet each goes through its turns one after another: what is carried over to the next epoch
         is then the end of a turn, not the same sample twice.
         """
-        placed: list[tuple[float, Item]] = []
+        placed: list[tuple[np.ndarray, ...]] = []  # of each turn: moments, entries, turns
         for group, members in self._members[bucket].items():
             first, last = (self._drawn(bucket, group, e) for e in (epoch - 1, epoch))
+            if first == last:  # so few that a part of them is none in this epoch
+                continue
             place = _generator(self.seed, "place", bucket, group, epoch)
             for turn in range(first // len(members), -(-last // len(members))):
                 order = _generator(self.seed, "turn", bucket, group, turn).permutation(len(members))
                 start, stop = max(first - turn * len(members), 0), min(last - turn * len(members), len(members))
                 begin, end = (((turn * len(members) + i) - first) / (last - first) for i in (start, stop))
                 moments = np.sort(place.uniform(begin, end, stop - start))
-                placed += [(m, Item(members[i], turn)) for m, i in zip(moments, order[start:stop], strict=True)]
-        placed.sort()
-        return [item for _, item in placed]
+                placed.append((moments, np.array(members)[order[start:stop]], np.full(stop - start, turn)))
+        moments, chosen, turns = map(np.concatenate, zip(*placed, strict=True)) if placed else np.empty((3, 0), int)
+        # as arrays, since a million samples as objects take seconds in which nobody trains
+        return np.stack([chosen, turns], axis=1)[np.lexsort((turns, chosen, moments))]
 
     def _stream(self, bucket: Bucket, index: int, epoch: int) -> list[Item]:
         """Samples of the bucket's step `index`, which ends in `epoch` and may begin in an earlier one."""
@@ -190,7 +197,8 @@ class EpochPlan:
         items: list[Item] = []
         for each in range(first, epoch + 1):
             offset = self._cumulative(bucket, each - 1)
-            items += self._epoch_samples(bucket, each)[max(begin - offset, 0) : max(end - offset, 0)]
+            rows = self._epoch_samples(bucket, each)[max(begin - offset, 0) : max(end - offset, 0)]
+            items += [Item(entry, turn) for entry, turn in rows.tolist()]
         assert len(items) == size, (bucket, index, epoch, len(items))
         return items
 
@@ -203,6 +211,16 @@ def counter_hash(*parts: object) -> int:
     """63 bits that depend on the parts alone: equal in every process and every run."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def counter_draws(most: int, places: int, *path: object) -> list[int]:
+    """Different whole numbers below `places`, `most` at most, in an order that `path` alone decides."""
+    drawn: dict[int, None] = {}
+    draw = 0
+    while len(drawn) < min(most, places):
+        drawn[counter_hash(*path, draw) % places] = None
+        draw += 1
+    return list(drawn)
 
 
 def counter_uniform(*parts: object) -> float:

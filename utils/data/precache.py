@@ -5,28 +5,31 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple
 
 import torch
 
-from models.base import ClipEnds, Encoder
-from utils.data.cache import CacheStore
+from models.base import ClipEnds, Encoder, NotFiniteError
+from utils.data.cache import CacheStore, refuse_not_finite
 from utils.data.crew import Crew
 from utils.data.decode_pool import Decoded, PixelJob, decoded_bytes, decoded_clips
 from utils.data.handout import Handout, failure_of
-from utils.data.listing import Skipped
+from utils.data.listing import Skipped, plural
 from utils.data.manifest import CaptionJob, Job, Manifest
-from utils.data.records import TEXT
+from utils.data.mask_encoder import MaskEncoder
+from utils.data.masks import MaskJob, mask_grid
+from utils.data.records import MASK, TEXT
 from utils.data.room import full_disk_told
 from utils.data.scan import reason_of
-from utils.data.workers import Progress, Silent
+from utils.data.workers import DECODE_TIMEOUT, Progress, Silent, WorkerPool
 
 # NFS may hide a new file for so long from a machine that has looked for it before.
 _ARRIVAL_S = 40.0
 _LOOK_S = 0.5
+_ALL_REFUSED = 3  # clips that came out with NaN before any that did not: no further one is tried
 
 
 class Made(NamedTuple):
@@ -66,6 +69,7 @@ class _Station:
     told: int = 0  # of those that others made, what the progress has heard of
     loaded: bool = False
     label: str = ""  # of the encoder
+    refused: list[str] = field(default_factory=list)  # clips that came out with NaN or infinity, and what was said
     entry_bytes: int = 0  # of the last entry
 
 
@@ -101,7 +105,7 @@ def precache(
         regenerate: make what the manifests list even where it is there.
 
     Raises:
-        ValueError: clips cannot be decoded (all are listed), an encoder gave NaN, or a clip is larger than the memory.
+        ValueError: clips cannot be decoded or come out with NaN (all are listed), or are larger than the memory.
         OSError: the disk is full.
         PeerLost: another rank has ended before its time.
         RuntimeError: entries are missing though nobody reported a failure.
@@ -111,7 +115,9 @@ def precache(
     failed: dict[str, Skipped] = {}
     damaged = 0
     with nullcontext(crew) if crew else Crew.alone(store.root) as crew:
-        for encoder in encoders:
+        # first, since they are soon made: what is wrong with one is told before the hours that clips take
+        masks = [MaskEncoder()] if any(MASK in manifest.counts for manifest in manifests) else []
+        for encoder in (*masks, *encoders):
             missing = _missing(manifests, encoder)
             jobs = _less_lost(missing, manifests, failed)
             handout = Handout(store, encoder.kind, jobs, crew, regenerate=regenerate)
@@ -121,7 +127,7 @@ def precache(
             )  # fmt: skip
             lost, ours, mended = _fill(station, barrier)
             if lost and not skip_bad_media:
-                raise ValueError(_failure_list(lost))
+                raise ValueError(_failure_list(lost, encoder.kind))
             failed |= lost
             damaged += mended
             there = _num_wanted(manifests, encoder.kind) - len(missing)
@@ -140,6 +146,8 @@ def _less_lost(jobs: list[Job], manifests: Iterable[Manifest], failed: Collectio
     if not failed:
         return jobs
     lost = set().union(*(manifest.lost_with(failed) for manifest in manifests))
+    kept = (entry for manifest in manifests for entry in manifest.entries if entry.is_free_of(failed))
+    lost.difference_update(*((*entry.media_keys, *entry.mask_keys) for entry in kept))
     return [job for job in jobs if job.key not in lost]
 
 
@@ -150,6 +158,8 @@ def _num_wanted(manifests: Iterable[Manifest], kind: str) -> int:
         if kind == TEXT:
             wanted.add(manifest.empty_text_key)
             wanted.update(key for entry in manifest.entries for key in entry.text_keys)
+        elif kind == MASK:
+            wanted.update(key for entry in manifest.entries for key in entry.mask_keys)
         else:
             wanted.update(key for entry in manifest.entries for of, key in entry.media() if of == kind)
     return len(wanted)
@@ -213,8 +223,27 @@ def _encode_captions(station: _Station) -> None:
         _encode_batch(station, batch, [job.caption for job in batch])
 
 
+def _make_masks(station: _Station) -> None:
+    """They are so small that they come back through the workers' pipes."""
+    jobs = station.handout.take()
+    first = next(jobs, None)  # while there is nothing to do nothing is started
+    if first is None:
+        return
+    bytes_each = decoded_bytes(station.jobs)
+    share = station.workers if station.ring_bytes is None else max(1, station.ring_bytes // bytes_each)
+    workers = min(station.workers, share, station.handout.ahead(station.workers))
+    with WorkerPool(mask_grid, workers, station.decode_timeout_s, DECODE_TIMEOUT) as pool:
+        ahead = partial(station.handout.ahead, 2 * workers + 1)
+        for job, grid, error in pool.run(chain([first], jobs), ahead, lambda job: job.name):
+            if error is None:
+                _encode_batch(station, [job], [grid])
+            else:
+                _give_up(station, job, error)
+
+
 # what an encoder reads -> how its jobs are done
 _ENCODE: dict[str, Callable[[_Station], None]] = {
+    "mask": _make_masks,
     "pixels": partial(_encode_clips, ends_only=False),
     "ends": partial(_encode_clips, ends_only=True),
     "caption": _encode_captions,
@@ -230,8 +259,13 @@ def _by_length(job: CaptionJob) -> tuple[object, ...]:
     return -len(job.caption), job.caption
 
 
+def _by_mask(job: MaskJob) -> tuple[object, ...]:
+    return -math.prod(job.bucket), job.name, job.key
+
+
 # what an encoder reads -> the order of its jobs
 _ORDER: dict[str, Callable[[Any], tuple[object, ...]]] = {
+    "mask": _by_mask,
     "pixels": _by_shape,
     "ends": _by_shape,
     "caption": _by_length,
@@ -244,8 +278,12 @@ def _readable(decoded: Iterable[Decoded], station: _Station) -> Iterator[Decoded
         if item.error is None:
             yield item
         else:
-            station.handout.finish(item.job, (item.job.path, reason_of(item.error)))
-            station.progress.advance(1, item.job.path.name)
+            _give_up(station, item.job, item.error)
+
+
+def _give_up(station: _Station, job: PixelJob | MaskJob, error: Exception) -> None:
+    station.handout.finish(job, (job.path, reason_of(error)))
+    station.progress.advance(1, job.path.name)
 
 
 def _batches(decoded: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
@@ -268,7 +306,14 @@ def _encode_batch(station: _Station, jobs: Sequence[Job], items: list) -> None:
     if not station.loaded:  # only now: a rank that finds nothing to do needs no weights
         station.loaded, station.label = True, _label(station.encoder)
         station.encoder.load(station.device)
-    for job, tensors in zip(jobs, station.encoder.encode(items), strict=True):
+    try:
+        encoded = station.encoder.encode(items)
+        for job, tensors in zip(jobs, encoded, strict=True):
+            refuse_not_finite(tensors, job.name)
+    except NotFiniteError as error:
+        _leave_out_not_finite(station, jobs, items, error)
+        return
+    for job, tensors in zip(jobs, encoded, strict=True):
         station.entry_bytes = sum(tensor.nbytes for tensor in tensors.values())
         station.store.write(station.encoder.kind, job.key, tensors, {"name": job.name, "encoder": station.label})
         station.handout.finish(job)
@@ -276,6 +321,21 @@ def _encode_batch(station: _Station, jobs: Sequence[Job], items: list) -> None:
     station.progress.advance(len(jobs), jobs[-1].name + _own_part(station))
     station.handout.look()
     _tell_of_others(station)
+
+
+def _leave_out_not_finite(station: _Station, jobs: Sequence[Job], items: list, error: NotFiniteError) -> None:
+    """Find out which of a batch it is, and leave a note as of a clip that cannot be decoded. Raises where it seems to
+    be all of them, or a caption: then it is the encoder's dtype or its file."""
+    if len(jobs) > 1:
+        for job, item in zip(jobs, items, strict=True):
+            _encode_batch(station, [job], [item])
+        return
+    (job,) = jobs
+    station.refused.append(f"{error}" if job.name in str(error) else f"{job.name}: {error}")
+    if station.encoder.reads == "caption" or (not station.made and len(station.refused) >= _ALL_REFUSED):
+        raise ValueError(station.refused[0]) from error
+    station.handout.finish(job, (job.path, str(error)))
+    station.progress.advance(1, job.name)
 
 
 def _label(encoder: Encoder) -> str:
@@ -322,6 +382,9 @@ def _audit(store: CacheStore, kind: str, jobs: Sequence[Job], crew: Crew) -> dic
     return failed
 
 
-def _failure_list(failed: dict[str, Skipped]) -> str:
+def _failure_list(failed: dict[str, Skipped], kind: str) -> str:
     lines = "".join(f"\n  {item.path}: {item.reason}" for item in failed.values())
-    return f"{len(failed)} clips cannot be decoded (skip_bad_media = true goes on without them):{lines}"
+    noun, what = ("mask", "cannot be used") if kind == MASK else ("clip", "cannot be decoded")
+    one, several = ("its clip", "their clips") if kind == MASK else ("it", "them")
+    rest = one if len(failed) == 1 else several
+    return f"{plural(len(failed), noun)} {what} (skip_bad_media = true goes on without {rest}):{lines}"

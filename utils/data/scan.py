@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from utils.data.archives import Archives
 from utils.data.captions import CaptionSettings, Unusable, read_caption_file, trained_captions, trigger_notices
 from utils.data.listing import Item, Skipped
+from utils.data.mask_files import MaskFolder, fitting_mask, without_mask
 from utils.data.media import MediaError, Probe, probe
 from utils.data.records import MediaFile
 from utils.data.sources import list_source
@@ -17,7 +19,8 @@ from utils.data.stat_index import StatIndex, hash_file
 from utils.data.workers import Progress, Silent, WorkerLost, WorkerPool
 
 _PROBE_TIMEOUT_S = 120.0
-_PROBE_VERSION = 1  # raise it when `probe` tells other numbers of the same file
+_fraction = lru_cache(2**16)(Fraction)  # files of one dataset have few rates and lengths, and to read one takes 5 us
+_PROBE_VERSION = 2  # raise it when `probe` tells other numbers of the same file
 
 
 class ScanSettings(CaptionSettings, Protocol):
@@ -32,6 +35,14 @@ class ScanSettings(CaptionSettings, Protocol):
     @property
     def media(self) -> str:
         """'all', 'videos' or 'images'."""
+
+    @property
+    def mask_path(self) -> Path | None:
+        """The folder of the loss masks."""
+
+    @property
+    def default_mask_file(self) -> Path | None:
+        """The mask of files that have none there."""
 
 
 class Scan(NamedTuple):
@@ -58,15 +69,19 @@ def scan_directory(
         archives: the folder where tar archives are unpacked.
 
     Raises:
-        ValueError: the path is no folder, index or archive, or its captions.json or index is damaged.
+        ValueError: the path is no folder, index or archive, or its captions.json or index is damaged; or that of the
+            masks is no folder of its own.
     """
     path = Path(settings.path)
+    masks = MaskFolder(Path(settings.mask_path), path) if settings.mask_path else None
     items, skipped, notices = list_source(
         path,
         recursive=settings.recursive,
         caption_extension=settings.caption_extension,
         archives=Archives(archives, index),
+        masks=masks,
     )
+    notices += masks.notices() if masks else ()
     captioned: list[tuple[Item, tuple[str, ...]]] = []
     for item in items:
         try:
@@ -76,18 +91,20 @@ def scan_directory(
     distinct = dict.fromkeys(item.path for item, _ in captioned)  # an index may use several parts of one video
     found, unreadable = _look_at(list(distinct), workers, index, progress or Silent())
     skipped += unreadable
+    masked = _Masks(settings, [item for item, _ in captioned], workers, index, progress or Silent())
     media: list[MediaFile] = []
     for item, captions in captioned:
         if item.path in found:
-            file = MediaFile(item.path, *found[item.path], captions)
+            digest, held = found[item.path]
+            file = MediaFile(item.path, digest, *held[:6], captions, special=held.special, weight=item.weight)
             if settings.media == ("images" if file.is_video else "videos"):
                 skipped.append(Skipped(item.path, _not_wanted(file), bad=False))
                 continue
             try:
-                media.append(_part(item, file))
+                media.append(_part(item, masked.given(item, file)))
             except Unusable as error:
-                skipped.append(Skipped(item.path, f"{item.source}: {error}", error.bad))
-    notices += trigger_notices([file.captions for file in media], settings)
+                skipped.append(Skipped(item.path, str(error), error.bad))
+    notices += [*trigger_notices([file.captions for file in media], settings), *masked.notices(media)]
     return Scan(media, skipped, [f"{path}: {notice}" for notice in notices])
 
 
@@ -108,14 +125,43 @@ def _part(item: Item, media: MediaFile) -> MediaFile:
     if not item.start and item.end is None:
         return media
     if not media.is_video:
-        raise Unusable("start and end are for videos, and this is an image", bad=True)
+        raise Unusable(f"{item.source}: start and end are for videos, and this is an image", bad=True)
     end = media.duration if item.end is None else min(item.end, media.duration)
     # No frame may be asked for that comes on show at `end` or later.
     frames = math.floor((end - item.start) * media.fps)
     if frames < 1:
         part, whole = f"{float(item.start):g} s to {float(end):g} s", f"{float(media.duration):g} s"
-        raise Unusable(f"there is no frame from {part}; the video has {whole}", bad=True)
+        raise Unusable(f"{item.source}: there is no frame from {part}; the video has {whole}", bad=True)
     return replace(media, frames=frames, duration=frames / media.fps, offset=item.start)
+
+
+class _Masks:
+    """The loss masks of all files of a `[[directory]]`, looked at as these are."""
+
+    def __init__(
+        self, settings: ScanSettings, items: Sequence[Item], workers: int, index: StatIndex, progress: Progress
+    ) -> None:
+        self._folder, self._default = settings.mask_path, settings.default_mask_file
+        distinct = dict.fromkeys(path for item in items if (path := self._path(item)))
+        self._found, unreadable = _look_at(list(distinct), workers, index, progress)
+        self._reasons = {item.path: item.reason for item in unreadable}
+
+    def _path(self, item: Item) -> Path | None:
+        return item.mask or self._default
+
+    def given(self, item: Item, media: MediaFile) -> MediaFile:
+        """`media` with its mask; raises `Unusable` where that cannot be read, or does not fit."""
+        path = self._path(item)
+        if path is None:
+            return media
+        if path not in self._found:
+            raise Unusable(f"its mask {path} cannot be used: {self._reasons[path]}", bad=True)
+        return replace(media, mask=fitting_mask(media, path, *self._found[path]))
+
+    def notices(self, media: Sequence[MediaFile]) -> list[str]:
+        without = sum(file.mask is None for file in media)
+        asked = self._folder or without < len(media)
+        return [without_mask(without, len(media), self._folder)] if asked and without else []
 
 
 # --- what the files hold ----------------------------------------------------------------------------------------------
@@ -123,9 +169,9 @@ def _part(item: Item, media: MediaFile) -> MediaFile:
 
 def _look_at(
     paths: Sequence[Path], workers: int, index: StatIndex, progress: Progress
-) -> tuple[dict[Path, tuple[Any, ...]], list[Skipped]]:
-    """Content hash and probe of each file, as `MediaFile` takes them; from memory where nothing changed."""
-    found: dict[Path, tuple[Any, ...]] = {}
+) -> tuple[dict[Path, tuple[str, Probe]], list[Skipped]]:
+    """Content hash and probe of each file; from memory where nothing changed."""
+    found: dict[Path, tuple[str, Probe]] = {}
     unknown: list[Path] = []
     bad: list[Skipped] = []
     for path in paths:
@@ -157,7 +203,7 @@ def describe(path: Path) -> list[Any]:
     """What is remembered of a file, JSON-able; runs in the worker processes."""
     held = probe(path)
     size = (held.width, held.height, held.frames)
-    return [_PROBE_VERSION, hash_file(path), *size, str(held.fps), str(held.duration), held.is_video]
+    return [_PROBE_VERSION, hash_file(path), *size, str(held.fps), str(held.duration), held.is_video, held.special]
 
 
 def reason_of(error: Exception) -> str:
@@ -167,6 +213,6 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _from_json(value: Sequence[Any]) -> tuple[Any, ...]:
-    _, digest, width, height, frames, fps, duration, is_video = value
-    return digest, *Probe(width, height, frames, Fraction(fps), Fraction(duration), is_video)
+def _from_json(value: Sequence[Any]) -> tuple[str, Probe]:
+    _, digest, width, height, frames, fps, duration, is_video, special = value
+    return digest, Probe(width, height, frames, _fraction(fps), _fraction(duration), is_video, special)

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from utils.data.archives import ARCHIVE_SUFFIX, Archives
-from utils.data.captions import CAPTIONS_FILE, Weighted, read_captions_json
+from utils.data.captions import CAPTIONS_FILE, Unusable, Weighted, read_captions_json
 from utils.data.index_file import READERS, list_index
-from utils.data.listing import Item, Listing, Skipped, some
+from utils.data.listing import Item, Listing, Skipped, plural, some
+from utils.data.mask_files import MaskFolder
 from utils.data.media import MEDIA_SUFFIXES
 
 SOURCE_SUFFIXES = frozenset([*READERS, ARCHIVE_SUFFIX])  # of files that can stand in a folder's place
@@ -16,7 +17,9 @@ _COMPANION_SUFFIXES = frozenset([".txt", ".json", ".jsonl", ".npz", ".safetensor
 Listed = Mapping[str, Sequence[Weighted]] | None  # captions.json
 
 
-def list_source(path: Path, *, recursive: bool, caption_extension: str, archives: Archives) -> Listing:
+def list_source(
+    path: Path, *, recursive: bool, caption_extension: str, archives: Archives, masks: MaskFolder | None = None
+) -> Listing:
     """The media that `path` names, in an order that is the same everywhere, and everything else with the reason.
 
     Names in a folder's captions.json are paths from that folder on; where there is one, text files are not read, as in
@@ -27,14 +30,16 @@ def list_source(path: Path, *, recursive: bool, caption_extension: str, archives
         recursive: look into sub-folders too. Hidden ones are passed over, and of several ways to one folder the first
             is taken.
         caption_extension: what captions in text files are called: `.txt`.
+        masks: where each file's mask is looked for, by the file's path from `path`'s folder or archive on. Where that
+            is among the media, nothing in it counts as media.
 
     Raises:
         ValueError: `path` is none of these, or an index or captions.json is damaged.
     """
     suffix = path.suffix.lower()
     if path.is_file() and suffix in READERS:
-        return list_index(path)
-    lister = _Lister(recursive, caption_extension, archives)
+        return list_index(path, masks)
+    lister = _Lister(recursive, caption_extension, archives, masks)
     if path.is_file() and suffix == ARCHIVE_SUFFIX:
         lister.archive(path, None)
     elif path.is_dir():
@@ -48,10 +53,10 @@ def list_source(path: Path, *, recursive: bool, caption_extension: str, archives
 class _Lister:
     """Gathers one folder or archive with all that is in it."""
 
-    def __init__(self, recursive: bool, caption_extension: str, archives: Archives) -> None:
+    def __init__(self, recursive: bool, caption_extension: str, archives: Archives, masks: MaskFolder | None) -> None:
         self.items: list[Item] = []
         self.skipped: list[Skipped] = []
-        self._recursive, self._archives = recursive, archives
+        self._recursive, self._archives, self._masks = recursive, archives, masks
         self._companions = _COMPANION_SUFFIXES | {caption_extension.lower()}
 
     def folder(self, folder: Path) -> None:
@@ -59,7 +64,7 @@ class _Lister:
         listed = read_captions_json(folder / CAPTIONS_FILE)
         named: set[str] = set()
         for name in self._files(folder, self._recursive):
-            if _suffix(name) == ARCHIVE_SUFFIX:
+            if name.lower().endswith(ARCHIVE_SUFFIX):
                 named |= self.archive(folder / name, listed)
             else:
                 self._file(folder, name, listed)
@@ -84,7 +89,12 @@ class _Lister:
         suffix = _suffix(name)
         if suffix in MEDIA_SUFFIXES:
             written = None if listed is None else listed.get(name, ())
-            self.items.append(Item(folder / name, written, CAPTIONS_FILE))
+            try:
+                mask = self._masks.of(name) if self._masks else None
+            except Unusable as error:
+                self.skipped.append(Skipped(folder / name, str(error), error.bad))
+                return
+            self.items.append(Item(folder / name, written, CAPTIONS_FILE, mask=mask))
         elif name.endswith("/" + CAPTIONS_FILE):
             reason = f"is not read: the names in it belong into {folder / CAPTIONS_FILE}, with their folders in front"
             self.skipped.append(Skipped(folder / name, reason, bad=False))
@@ -93,7 +103,8 @@ class _Lister:
 
     def _captions_without_file(self, folder: Path, listed: Listed, named: set[str]) -> None:
         if lost := set(listed or ()) - named:
-            reason = f"names {len(lost)} files that are not in the folder: {some(lost)}"
+            are = "is" if len(lost) == 1 else "are"
+            reason = f"names {plural(len(lost), 'file')} that {are} not in the folder: {some(lost)}"
             self.skipped.append(Skipped(folder / CAPTIONS_FILE, reason, bad=False))
 
     def _files(
@@ -115,6 +126,8 @@ class _Lister:
             name = inside + entry.name
             if not _is_folder(entry):
                 yield name
+            elif self._masks and _identity(entry) == self._masks.identity:
+                continue
             elif recursive:
                 yield from self._files(folder, recursive, name + "/", seen)
             else:
@@ -131,7 +144,8 @@ class _Lister:
     def _left_out(self, folder: Path) -> None:
         inside = sum(_suffix(entry.name) in MEDIA_SUFFIXES for entry in self._entries(folder))
         if inside:
-            reason = f"sub-folders are not scanned, {inside} media files are left out; set recursive = true"
+            left = f"{plural(inside, 'media file')} {'is' if inside == 1 else 'are'} left out"
+            reason = f"sub-folders are not scanned, {left}; set recursive = true"
             self.skipped.append(Skipped(folder, f"{reason}, or give it its own [[directory]]", bad=False))
 
 
@@ -140,6 +154,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+def _identity(folder: os.DirEntry[str]) -> tuple[int, int]:
+    info = folder.stat()
+    return info.st_dev, info.st_ino
 
 
 def _suffix(name: str) -> str:

@@ -1,5 +1,6 @@
 """Remembers what was found out about a file for as long as the file has not changed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,7 +37,8 @@ class StatIndex:
 
     def get(self, path: Path) -> Any | None:
         """What was remembered of `path`, or None. Raises `FileNotFoundError`."""
-        stamp, value = self._known.get(os.path.abspath(path), (None, None))
+        # most paths are absolute already, and to make sure of that takes longer than to ask the disk
+        stamp, value = self._known.get(os.fspath(path)) or self._known.get(os.path.abspath(path), (None, None))
         return value if stamp is not None and stamp == _stamp(path) else None
 
     def put(self, path: Path, value: Any) -> None:
@@ -51,13 +53,14 @@ class StatIndex:
     def _load(self) -> int:
         if not self._path.exists():
             return 0
-        lines = self._path.read_bytes().splitlines()
-        for line in lines:
-            try:
-                key, stamp, value = json.loads(line)
-                self._known[key] = (stamp, value)
-            except (ValueError, TypeError):  # half written, or damaged
-                continue
+        lines = [line for line in self._path.read_bytes().splitlines() if line]
+        try:
+            self._known = {key: (stamp, value) for key, stamp, value in json.loads(b"[%b]" % b",".join(lines))}
+        except (ValueError, TypeError):  # a line is half written, or damaged
+            for line in lines:
+                with contextlib.suppress(ValueError, TypeError):
+                    key, stamp, value = json.loads(line)
+                    self._known[key] = (stamp, value)
         return len(lines)
 
     def _rewrite(self) -> None:

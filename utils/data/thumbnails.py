@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.inspection import frames_of
+from utils.data.masks import dimmed
 from utils.data.records import Clip
 from utils.data.workers import Progress, Silent, WorkerPool
 
@@ -54,16 +55,15 @@ def draw(strip: Strip) -> Picture:
     """Runs in the worker processes. Raises `MediaError`.
 
     Frames are decoded at the size of the bucket, so they are cut exactly as for the encoder, and made small after that.
+    What a loss mask leaves out is shown darker.
     """
     clip = strip.clip
     width, height, frames = clip.bucket
     numbers = sorted({0, frames // 2, frames - 1})
     scale = min(1.0, strip.side_px / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = [
-        np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
-        for frame in frames_of(clip, numbers, width, height)
-    ]
+    shown = dimmed(frames_of(clip, numbers, width, height), numbers, clip)
+    small = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in shown]
     gap = np.full((size[1], _GAP_PX, 3), _GAP_LEVEL, np.uint8)
     parts = [part for frame in small for part in (gap, frame)][1:]
     picture = Image.fromarray(np.concatenate(parts, axis=1))

@@ -29,6 +29,7 @@ def keys_of(manifests: Iterable[Manifest]) -> set[str]:
         for entry in manifest.entries:
             keys.update(entry.media_keys)
             keys.update(entry.text_keys)
+            keys.update(entry.mask_keys)
         keys.update(filter(None, [manifest.empty_text_key]))
     return keys
 

@@ -15,16 +15,21 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from utils.data.media_types import MediaError, Probe, cover_size
+from utils.data import tags
+from utils.data.colour import ordinary
+from utils.data.media_types import MediaError, Probe, cover_size, picture_box
+from utils.data.records import Framing
 
 # FFmpeg opens these whatever the suffix says; they are pictures, terminal art or play lists that name other files.
 _NOT_VIDEO = frozenset(["image2", "tty", "concat", "hls", "dash"])
 _SEEK_LEADS_S = (0, 10)
-_RGB_OF_GBR = (2, 0, 1)  # planes of the format gbrp that hold red, green and blue
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    with path.open("rb") as file:
+        if file.read(8) == b"ffconcat":  # FFmpeg would open what it names before anything else is known of it
+            raise MediaError(path, "is a play list that names other files, and no video")
     # Only files: a play list that calls itself clip.mp4 must not reach out to the network.
     options = {"protocol_whitelist": "file"}
     with av.open(str(path), options=options, metadata_errors="replace") as container:
@@ -37,6 +42,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = streams[0]
         if stream.codec_context is None:
             raise MediaError(path, "is coded in a way that this FFmpeg cannot decode")
+        tags.require_readable(path, stream)
         # FFmpeg's frame threads have dead-locked beside other thread pools; workers are processes, one thread each.
         stream.thread_type = "NONE"
         stream.codec_context.thread_count = 1
@@ -49,23 +55,34 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 def probe_video(path: Path) -> Probe:
     """Frame count, exact rate and shown size; decodes one frame to know that it can be decoded."""
     with _opened(path) as (container, stream):
-        frames, span = _count_frames(path, container, stream)
+        told = _from_table(path, container, stream)
+        frames, span = told or _count_packets(path, container, stream)
         rate = stream.average_rate or stream.guessed_rate
-    with _opened(path) as (container, stream):  # anew: counting may have run to the file's end
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise MediaError(path, "no frame of it can be decoded")
-        width, height = _shown_size(frame, stream)
+        seen = _first_frame(path, container, stream) if told else None  # to open it again takes a third of the time
+    if seen is None:  # anew: counting has run to the file's end
+        with _opened(path) as (container, stream):
+            seen = _first_frame(path, container, stream)
+    width, height, special = seen
     if rate and (not span or abs(frames / rate - span) <= Fraction(3, 2) / rate):
-        return Probe(width, height, frames, rate, frames / rate, True)
+        return Probe(width, height, frames, rate, frames / rate, True, special)
     if not span:
         raise MediaError(path, "tells neither its frame rate nor its duration")
     # The header's rate does not explain the time stamps: a variable rate, or a header that lies. Time stamps decide.
-    return Probe(width, height, frames, frames / span, span, True)
+    return Probe(width, height, frames, frames / span, span, True, special)
 
 
-def _count_frames(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction | None]:
-    """Number of frames on show, and their time span in s where the container tells it."""
+def _first_frame(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, str]:
+    """Width and height in px as shown, and what its pixels need beyond the ordinary."""
+    frame = next(tags.decoded(container, stream), None)
+    if frame is None:
+        raise MediaError(path, "no frame of it can be decoded")
+    return *tags.shown_size(frame, stream), tags.special_of(stream, frame)
+
+
+def _from_table(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction | None] | None:
+    """Number of frames on show, and their time span in s where the container tells it; None where it has no table."""
+    if stream.frames > path.stat().st_size:
+        raise MediaError(path, f"its header tells of {stream.frames:,} frames, and it has not even as many bytes")
     entries = stream.index_entries
     if "mp4" in container.format.name and 0 < stream.frames <= len(entries):
         # mp4 and mov keep an exact table of every frame; reading it costs nothing.
@@ -74,7 +91,7 @@ def _count_frames(path: Path, container: InputContainer, stream: VideoStream) ->
             raise MediaError(path, f"is cut off: its table of frames reaches to byte {needed}, but it has {size}")
         span = stream.duration * stream.time_base if stream.duration else None
         return sum(not entry.is_discard for entry in entries), span
-    return _count_packets(path, container, stream)
+    return None
 
 
 def _count_packets(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction | None]:
@@ -102,28 +119,14 @@ def _count_packets(path: Path, container: InputContainer, stream: VideoStream) -
 def _require_whole(path: Path, container: InputContainer, end_s: Fraction) -> None:
     origin_s = Fraction(container.start_time or 0, av.time_base)
     told_s, found_s = Fraction(container.duration or 0, av.time_base), end_s - origin_s
+    if "matroska" in container.format.name:
+        found_s = max(found_s, end_s)  # its header tells of the last moment, wherever the first one is
     if found_s < told_s - max(Fraction(1, 2), told_s / 20):  # headers are rounded, seldom by more
         raise MediaError(
             path,
             f"is cut off: its header tells of {float(told_s):.2f} s, but {float(found_s):.2f} s are there; if it plays"
             " well, `ffmpeg -i old.mkv -c copy new.mkv` writes a true header",
         )
-
-
-def _turns(frame: VideoFrame) -> int:
-    """Quarter turns counter-clockwise that bring the stored picture upright."""
-    return round(frame.rotation / 90) % 4
-
-
-def _pixel_shape(stream: VideoStream) -> Fraction:
-    """Width of a stored pixel over its height; 1 where the file is silent or absurd."""
-    shape = stream.sample_aspect_ratio or Fraction(1)
-    return shape if Fraction(1, 4) <= shape <= 4 else Fraction(1)
-
-
-def _shown_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
-    width, height = round(frame.width * _pixel_shape(stream)), frame.height
-    return (height, width) if _turns(frame) % 2 else (width, height)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -136,6 +139,7 @@ def decode_video(
     numbers: Sequence[int],
     out: np.ndarray,
     source_fps: Fraction = Fraction(0),
+    framing: Framing | None = None,
 ) -> None:
     """Fill `out`, uint8 [N, h, w, 3], with N frames of a clip: number i is on show `start + i / fps` s after the first.
 
@@ -145,6 +149,7 @@ def decode_video(
     Args:
         numbers: ascending.
         source_fps: take the file's frames to be that many a second, whatever their time stamps say; 0 believes these.
+        framing: as in `media.decode_clip`, but for its flip; where it pads, nothing is written around the picture.
     """
     wanted = _Wanted(path, start, fps, numbers, source_fps)
     # A seek should land on the key frame at or before the start. MPEG-TS has no index and lands past it.
@@ -157,7 +162,7 @@ def decode_video(
                     container.seek(tick, stream=stream, backward=True)
                 except av.FFmpegError:  # raw streams cannot be sought
                     continue
-            if _fill(wanted, container.decode(stream), stream, out, sought=bool(seek_s)):
+            if _fill(wanted, tags.decoded(container, stream), stream, out, framing, sought=bool(seek_s)):
                 return
 
 
@@ -233,9 +238,16 @@ def _stamps(path: Path) -> tuple[list[int] | None, int, Fraction]:
         return known if len(known) == len(stamps) else None, stream.start_time or 0, stream.time_base
 
 
-def _fill(wanted: _Wanted, decoded: Iterator[VideoFrame], stream: VideoStream, out: np.ndarray, sought: bool) -> bool:
+def _fill(
+    wanted: _Wanted,
+    decoded: Iterator[VideoFrame],
+    stream: VideoStream,
+    out: np.ndarray,
+    framing: Framing | None,
+    sought: bool,
+) -> bool:
     """Pick and write every frame of the clip; False when a seek landed past the start, so that it must be redone."""
-    writer = _ClipWriter(wanted.path, stream, wanted.due(stream), out)
+    writer = _ClipWriter(wanted.path, stream, wanted.due(stream), out, framing or Framing())
     clock = wanted.clock(stream)
     shown: VideoFrame | None = None
     tick = 0
@@ -274,18 +286,20 @@ def _clock(stream: VideoStream) -> Callable[[VideoFrame], int]:
 
 
 class _ClipWriter:
-    """Writes decoded frames, scaled, cropped to the middle and turned upright, to the places that are due.
+    """Writes decoded frames, scaled, cropped or laid in the middle, and turned upright, to the places that are due.
 
     libswscale goes to planar RGB at the final size, then packs it. Straight to rgb24 takes twice as long and halves the
     colour resolution: the packed writers skip full chroma interpolation and have no SIMD version.
     """
 
-    def __init__(self, path: Path, stream: VideoStream, due: list[int], out: np.ndarray) -> None:
+    def __init__(self, path: Path, stream: VideoStream, due: list[int], out: np.ndarray, framing: Framing) -> None:
         self.due = due
         self.done = 0
         self._path = path
         self._out = out
-        self._pixel_shape = _pixel_shape(stream)
+        self._framing = framing
+        self._pixel_shape = tags.pixel_shape(stream)
+        self._colours, self._has_clear_parts = tags.colours_in(stream), tags.has_clear_parts(stream)
         self._scaler = VideoReformatter()
 
     def write_until(self, frame: VideoFrame, tick: int) -> bool:
@@ -302,19 +316,31 @@ class _ClipWriter:
         return self.done == len(self.due)
 
     def _write(self, frame: VideoFrame, out: np.ndarray) -> None:
-        as_stored = np.rot90(out, -_turns(frame))  # a view of `out` that lies as the stored picture does
-        target_h, target_w = as_stored.shape[:2]
+        turns, framing = tags.turns_of(frame), self._framing
         source = (round(frame.width * self._pixel_shape), frame.height)
-        width, height = cover_size(source, (target_w, target_h))
+        upright = source[::-1] if turns % 2 else source
+        left, top, right, bottom = picture_box(upright, (out.shape[1], out.shape[0]), framing)
+        as_stored = np.rot90(out[top:bottom, left:right], -turns)  # a view that lies as the stored picture does
+        across, down = framing.stored(turns)
+        if tags.is_mirrored(frame):
+            as_stored, down = as_stored[::-1], 1 - down
+        target_h, target_w = as_stored.shape[:2]
+        width, height = (target_w, target_h) if framing.pad else cover_size(source, (target_w, target_h))
         planar = self._scaler.reformat(
-            frame,
+            tags.on_white(frame) if self._has_clear_parts else frame,
             width,
             height,
-            "gbrp",
+            "gbrp16le" if self._colours else "gbrp",
             interpolation=Interpolation.BICUBIC,
             threads=1,
         )
-        top, left = (height - target_h) // 2, (width - target_w) // 2
-        for channel, plane in enumerate(_RGB_OF_GBR):
-            rows = np.frombuffer(planar.planes[plane], np.uint8).reshape(height, -1)  # with padding at each row's end
-            as_stored[..., channel] = rows[top : top + target_h, left : left + target_w]
+        top, left = math.floor((height - target_h) * down), math.floor((width - target_w) * across)
+        planes = []
+        for plane in tags.RGB_OF_GBR:
+            buffer = np.frombuffer(planar.planes[plane], "<u2" if self._colours else np.uint8)
+            rows = buffer.reshape(height, -1)  # with padding at each row's end
+            planes.append(rows[top : top + target_h, left : left + target_w])
+        if self._colours:
+            planes = ordinary(np.stack(planes), self._colours)
+        for channel, plane in enumerate(planes):
+            as_stored[..., channel] = plane

@@ -39,6 +39,9 @@ class Silent:
     def done(self) -> None: ...
 
 
+DECODE_TIMEOUT = "decode_timeout_s"  # the run TOML's key
+
+
 class WorkerLost(RuntimeError):
     """A worker died or made no progress over one item; the message names the item."""
 
@@ -65,10 +68,17 @@ class WorkerPool:
     both should import little. Leave the `with` block before asking for another run.
     """
 
-    def __init__(self, function: Callable[[Any], Any], workers: int, timeout_s: float = 120.0) -> None:
-        """`timeout_s`: how long a worker may take over one item."""
+    def __init__(
+        self, function: Callable[[Any], Any], workers: int, timeout_s: float = 120.0, timeout_key: str = ""
+    ) -> None:
+        """
+        Args:
+            timeout_s: how long a worker may take over one item.
+            timeout_key: where a person may set it.
+        """
         self._function = function
         self._timeout_s = timeout_s
+        self._mend = f"; raise {timeout_key} if it is only slow" if timeout_key else ""
         self._workers = [_Worker(function) for _ in range(workers)]
 
     def __enter__(self) -> "WorkerPool":
@@ -156,7 +166,8 @@ class WorkerPool:
         for worker in busy.values():
             patience_s = self._patience_s(worker)
             if monotonic() - worker.since > patience_s and not worker.pipe.poll():
-                yield self._replace(worker, name, f"no progress for {patience_s:g} s")
+                mend = self._mend if worker.started else ""
+                yield self._replace(worker, name, f"no progress for {patience_s:g} s{mend}")
 
     def _patience_s(self, worker: "_Worker") -> float:
         return self._timeout_s if worker.started else _START_TIMEOUT_S

@@ -208,17 +208,35 @@ class BucketRow(NamedTuple):
     steps: int  # in the first epoch
     carried_over: int
     tokens: int  # a sample's length inside the transformer
+    micro_batch: int = 1  # samples that go through it at once
+
+    @property
+    def load(self) -> int | str:
+        """Tokens that go through the transformer at once: `4 x 1 560 = 6 240`."""
+        count = self.micro_batch
+        return self.tokens if count == 1 else f"{count} x {grouped(self.tokens)} = {grouped(count * self.tokens)}"
+
+    def cells(self) -> tuple[float | str, ...]:
+        """What a table shows under `BUCKET_TITLES`."""
+        return self.bucket, self.clips, self.batch, self.steps, self.carried_over, self.load
+
+
+BUCKET_TITLES = ("bucket", "clips", "batch", "steps in epoch 1", "carried over", "tokens")
 
 
 def bucket_table(rows: Sequence[BucketRow], title: str = "Buckets") -> Table:
     """What one step is made of: one row a bucket."""
-    titles = ("clips", "batch", "steps in epoch 1", "carried over", "tokens")
-    return _table(title, [Column("bucket", number=False), *map(Column, titles)], rows)
+    first, *numbers = BUCKET_TITLES
+    gap = 2 if any(row.micro_batch > 1 for row in rows) else 3  # or the products do not fit 80 columns
+    return _table(title, [Column(first, number=False), *map(Column, numbers)], (row.cells() for row in rows), gap=gap)
 
 
-def skipped_table(rows: Sequence[tuple[str, str]], max_rows: int = 15, full_list: str = "skipped.jsonl") -> Table:
-    """What is not trained on: rows of (file, reason); beyond `max_rows` the last row says where the rest is listed."""
-    title = f"Skipped: {counted(len(rows), 'file')}"
+def skipped_table(
+    rows: Sequence[tuple[str, str]], max_rows: int = 15, full_list: str = "skipped.jsonl", files: int | None = None
+) -> Table:
+    """What is not trained on: rows of (file or files, reason); beyond `max_rows` the last row says where the rest is
+    listed. `files`: how many they are, where a row may be several."""
+    title = f"Skipped: {counted(len(rows) if files is None else files, 'file')}"
     columns = [Column("file", number=False), Column("reason", number=False)]
     return _table(title, columns, _some(rows, max_rows, full_list))
 

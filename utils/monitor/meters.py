@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from utils.monitor.loss_watch import LossWatch
+
 T = TypeVar("T")
 
 ETA_WINDOW = 50  # steps; long enough to see all buckets, short enough to follow a change
@@ -35,6 +37,7 @@ class Meters:
         self._recent: deque[float] = deque(maxlen=ETA_WINDOW)
         self._loss_sum = 0.0
         self._loss_samples = 0
+        self.watch = LossWatch()
 
     def begin_step(self) -> None:
         self._began, self._waited = self._clock(), 0.0
@@ -81,13 +84,15 @@ class Meters:
         """
         return statistics.median(self._recent) * steps_left if self._recent else None
 
-    def state_dict(self) -> dict[str, float | int]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain JSON values, exact: the epoch's mean is the same after a resume in the middle of it."""
-        return {"epoch_loss_sum": self._loss_sum, "epoch_loss_samples": self._loss_samples}
+        sums = {"epoch_loss_sum": self._loss_sum, "epoch_loss_samples": self._loss_samples}
+        return {**sums, **self.watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._loss_sum = float(state["epoch_loss_sum"])
         self._loss_samples = int(state["epoch_loss_samples"])
+        self.watch.load_state_dict(state)
 
 
 def peak_memory_gib() -> float:

@@ -24,6 +24,7 @@ LOSS = "train/loss"
 EPOCH_LOSS = "train/epoch_loss"  # mean over the epoch's samples
 GRAD_NORM = "train/grad_norm"  # before clipping, over all stages
 LEARNING_RATE = "train/lr"
+NONFINITE = "train/nonfinite"  # steps so far that were left out; written when one is
 PRODIGY_D = "train/prodigy_d"  # the step size that Prodigy found, of rank 0's stage
 # Ours
 STEP_S = "perf/step_s"
@@ -223,6 +224,17 @@ def drop_lines_after(path: Path, step: int) -> Point | None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     return Point(*(kept[-1][1][key] for key in Point._fields)) if kept else None
+
+
+def tags_at(path: Path, step: int) -> set[str]:
+    """All that was logged at the step, which must be the last one of the file."""
+    found: set[str] = set()
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        record = _parsed(line)
+        if record is not None and record["step"] < step:
+            break
+        found |= set(record or ())
+    return found
 
 
 class TensorBoardSink:

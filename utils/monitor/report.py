@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.monitor.console import BucketRow, counted, grouped
+from utils.monitor.console import BUCKET_TITLES, BucketRow, counted, grouped
 
 _STYLE, _SCRIPT = Path(__file__).with_name("report.css"), Path(__file__).with_name("report.js")
 _MOST_BARS = 14  # of a histogram
@@ -156,13 +156,13 @@ def _overview(report: Report, reasons: _Reasons) -> Iterator[str]:
 
 
 def _bucket_table(rows: Sequence[BucketRow]) -> str:
-    titles = ("clips", "batch", "steps in epoch 1", "carried over", "tokens")
-    head = "<th>bucket</th>" + "".join(f'<th class="number">{title}</th>' for title in titles)
+    first, *titles = BUCKET_TITLES
+    head = f"<th>{first}</th>" + "".join(f'<th class="number">{title}</th>' for title in titles)
     lines = []
     for row in rows:
         chip = f'<button type="button" class="chip" data-control="bucket" value="{_text(row.bucket)}">'
-        cells = (row.clips, row.batch, row.steps, row.carried_over, row.tokens)
-        numbers = "".join(f'<td class="number">{grouped(cell)}</td>' for cell in cells)
+        cells = (cell if isinstance(cell, str) else grouped(cell) for cell in row.cells()[1:])
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
         lines.append(f"<tr><td>{chip}{_text(row.bucket)}</button></td>{numbers}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 

@@ -1,7 +1,7 @@
 """A job and its cached data to a `Run`: engine, plan, loader, meters, resumed where that was asked for."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ from utils.config.schema import RunConfig
 from utils.data.dataset import CachedDataset
 from utils.data.loader import StepLoader
 from utils.data.manifest import Manifest
-from utils.data.plan import EpochPlan
+from utils.data.plan import EpochPlan, counter_hash
 from utils.data.records import Bucket
 from utils.monitor.console import LiveLine
 from utils.monitor.logs import captured_output
 from utils.monitor.meters import Meters
-from utils.monitor.metrics import MetricsWriter
+from utils.monitor.metrics import METRICS_FILE, MetricsWriter, eval_tag, tags_at
 from utils.monitor.progress import LiveProgress
-from utils.train import checkpoint, tell
+from utils.train import checkpoint, checkpoint_read, tell
 from utils.train.activity import LONG
 from utils.train.checkpoint import Part
+from utils.train.checkpoint_read import Loaded
+from utils.train.checkpoint_write import Checkpointer
 from utils.train.engine import ReelEngine
 from utils.train.evaluate import EvalSet
 from utils.train.experts import Experts, build_experts, turns
@@ -30,10 +32,14 @@ from utils.train.prepare import TRAIN, Prepared
 from utils.train.record import write_configs, write_record
 from utils.train.setup import DTYPES, Job, engine_settings, wandb_settings
 from utils.train.state import TrainState
+from utils.train.stopping import TimeLimit
 from utils.train.triggers import Every
 from utils.version import VERSION
 
 logger = logging.getLogger(__name__)
+
+SLOW_DISK_BYTES_PER_S = 100e6
+DATA_COURSE = ("clips and captions", "weight", "regularization sets", "loss masks")
 
 
 def build_run(job: Job, data: Prepared) -> Run:
@@ -47,13 +53,14 @@ def build_run(job: Job, data: Prepared) -> Run:
     for _, expert in experts.items():
         expert.built.engine.activity = job.activity
     data_ranks = engine.grid.get_data_parallel_world_size()
-    plan = make_plan(config, data.train, data_ranks)
+    plan = make_plan(config, data.train, data_ranks, job.family.tokens)
     course = course_of(config, plan, data.train) | turns(job.family) | quiet_course(job.loaded)
-    course["model"] = job.family.title
-    state, meters = TrainState(), Meters()
+    course |= {"model": job.family.title, **data_course(data.train)}
+    state, meters, owed = TrainState(), Meters(), ()
     if job.resume:
         job.activity.begin("reading the checkpoint", patience=LONG)
-        state = resume(job, experts, course, meters)
+        loaded = resume(job, experts, course, meters)
+        state, owed = loaded.state, loaded.owed
     total = total_steps(config, plan, state)
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     display = LiveLine(job.console, enabled=dist.is_main(), steps_per_print=config.steps_per_print)
@@ -62,19 +69,20 @@ def build_run(job: Job, data: Prepared) -> Run:
         run_dir=job.run_dir,
         family=job.family,
         experts=experts,
+        checkpointer=Checkpointer(
+            job.run_dir,
+            stage=engine.stage_id,
+            data_rank=engine.data_rank,
+            keep_last=config.keep_last,
+            activity=job.activity,
+        ),
         plan=plan,
         loader=StepLoader(dataset_at, plan, engine.data_rank, state.plan_step) if reads_data else None,
         eval_sets=eval_sets(job, data),
         settings=loop_settings(config, total),
         state=state,
         course=course,
-        metrics=MetricsWriter(
-            job.run_dir,
-            enabled=dist.is_main(),
-            x_axis_examples=config.x_axis_examples,
-            resume_step=state.step if job.resume else None,
-            wandb=wandb_settings(job.loaded) if config.monitoring.enable_wandb else None,
-        ),
+        metrics=metrics_writer(job, state.step if job.resume else None),
         meters=meters,
         display=display,
         progress=LiveProgress(display, job.console, enabled=dist.is_main()),
@@ -83,28 +91,50 @@ def build_run(job: Job, data: Prepared) -> Run:
         base_lr=config.force_constant_lr or config.optimizer.lr,
         activity=job.activity,
         name_of=lambda entry: data.train.entries[entry].name,
+        is_regularization=lambda entry: data.train.groups[data.train.entries[entry].group].is_regularization,
         checkpointed=job.resume,
         last_checkpoint=state.step if job.resume else -1,
+        owed=owed,
+        limit=TimeLimit(config.max_runtime_minutes, first_save_s(experts)),
     )
+    if job.resume:
+        run.last_eval = state.step if is_evaluated(run) else -1
     if dist.is_main():
-        write_configs(job.loaded, job.run_dir)
-        facts = {"layers": engine.module.parts, "ranks": dist.world_size(), **turns(job.family)}
-        write_record(job.loaded, job.run_dir, facts)
-        tell.plan(job.console, job.family, run, ranks_of(engine, data_ranks))
+        introduce(job, data, run, ranks_of(engine, data_ranks))
     return run
 
 
-def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -> TrainState:
-    """Fill weights, optimizers and meters from the checkpoint.
+def metrics_writer(job: Job, resume_step: int | None) -> MetricsWriter:
+    return MetricsWriter(
+        job.run_dir,
+        enabled=dist.is_main(),
+        x_axis_examples=job.config.x_axis_examples,
+        resume_step=resume_step,
+        wandb=wandb_settings(job.loaded) if job.config.monitoring.enable_wandb else None,
+    )
+
+
+def introduce(job: Job, data: Prepared, run: Run, ranks: list[list[int]]) -> None:
+    """What the run is, in its folder and on the console."""
+    write_configs(job.loaded, job.run_dir)
+    facts = {"layers": run.experts.engine.module.parts, "ranks": dist.world_size(), **turns(job.family)}
+    facts["data_digest"] = {name: manifest.digest() for name, manifest in data.manifests.items()}
+    write_record(job.loaded, job.run_dir, facts)
+    tell.sets(job.console, data.train.groups)
+    tell.plan(job.console, job.config, job.family, run, ranks)
+
+
+def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -> Loaded:
+    """Fill weights, optimizers and meters from the checkpoint; what else it says, with the state to go on from.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the data would come in another order.
     """
     fresh = job.flags.reset_optimizer
     parts = {n: Part(e.built.trained, None if fresh else e.built.optimizer) for n, e in experts.items()}
-    loaded = checkpoint.load(job.resume, parts)
+    loaded = checkpoint_read.load(job.resume, parts)
     meters.load_state_dict(loaded.meters)
-    quiet = quiet_course(job.loaded)
+    quiet = {key: course[key] for key in (*quiet_course(job.loaded), *DATA_COURSE) if key in course}
     if job.flags.reset_dataloader:
         course = quiet
     else:  # what does not touch the order is no reason for another one
@@ -112,7 +142,17 @@ def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -
         refuse_other_order(job.resume, loaded.course, decisive)
     for change in checkpoint.course_changes(loaded.course, course):
         logger.warning("changed since the checkpoint: %s", change)
-    return loaded.state.restarted(loaded.epochs_done) if job.flags.reset_dataloader else loaded.state
+    if job.flags.reset_dataloader:
+        return loaded._replace(state=loaded.state.restarted(loaded.epochs_done))
+    return loaded
+
+
+def is_evaluated(run: Run) -> bool:
+    """Whether the numbers of the step that a run goes on from are there already; rank 0 looks."""
+    found = set()
+    if dist.is_main() and (path := run.run_dir / METRICS_FILE).exists():
+        found = tags_at(path, run.state.step)
+    return bool(dist.from_main(int(all(eval_tag(each.name) in found for each in run.eval_sets))))
 
 
 def quiet_course(loaded: LoadedConfig) -> dict[str, Any]:
@@ -127,6 +167,39 @@ def quiet_course(loaded: LoadedConfig) -> dict[str, Any]:
     settings = {f"model.{key}": value for key, value in model.model_dump(mode="json", exclude=paths).items()}
     alpha = config.adapter and config.adapter.alpha
     return {"alpha": alpha, "fuse_adapters": fused, "pseudo_huber_c": config.pseudo_huber_c, **settings}
+
+
+def data_course(train: Manifest) -> dict[str, Any]:
+    """What of the data may change without touching its order: the samples themselves, which a flip, a crop or another
+    caption makes others; what they count, and what they are trained toward."""
+    weights: dict[int, dict[str, float]] = {index: {} for index in range(len(train.groups))}
+    for entry in train.entries:
+        weights[entry.group][entry.sample_id] = entry.weight
+    told = [_weights_told(of) or f"{train.groups[index].weight:g}" for index, of in weights.items()]
+    held = [f"directory[{index}]" for index, group in enumerate(train.groups) if group.is_regularization]
+    clips = f"{counter_hash([entry.sample_id for entry in train.entries]) % 16**6:06x}"
+    return dict(zip(DATA_COURSE, (clips, told, held, _masks_told(train)), strict=True))
+
+
+def _masks_told(train: Manifest) -> str:
+    """`none`, or `12 of 40 clips (9f3a62)`: the number tells other masks apart, as in `_weights_told`."""
+    masked = sorted((entry.sample_id, entry.mask_keys) for entry in train.entries if entry.mask_keys)
+    number = counter_hash(masked) % 16**6
+    return f"{len(masked)} of {len(train.entries)} clips ({number:06x})" if masked else "none"
+
+
+def _weights_told(of: Mapping[str, float]) -> str:
+    """`0.5`, or `0.25 to 2 (9f3a62)` where clips differ: by the number two such lists are told apart."""
+    values = set(of.values())
+    if len(values) < 2:
+        return "".join(f"{value:g}" for value in values)
+    return f"{min(values):g} to {max(values):g} ({counter_hash(sorted(of.items())) % 16**6:06x})"
+
+
+def first_save_s(experts: Experts) -> float:
+    """Seconds that a checkpoint may take as long as none was written: weights, and two moments of each."""
+    trained = (p for _, expert in experts.items() for p in expert.built.trained.values())
+    return sum(3 * p.numel() * p.element_size() for p in trained) / SLOW_DISK_BYTES_PER_S
 
 
 def total_steps(config: RunConfig, plan: EpochPlan, state: TrainState) -> int:
@@ -158,7 +231,7 @@ def eval_sets(job: Job, data: Prepared) -> list[EvalSet]:
     config = job.config
 
     def micro_batch_of(bucket: Bucket) -> int:
-        return config.micro_batch_size(*bucket, evaluating=True)
+        return config.micro_batch_size(*bucket, job.family.tokens(*bucket), evaluating=True)
 
     held_out = {name: manifest for name, manifest in data.manifests.items() if name != TRAIN}
     return [
@@ -183,6 +256,9 @@ def loop_settings(config: RunConfig, total: int) -> LoopSettings:
         is_adapter=config.adapter is not None,
         formats=config.adapter.save_format if config.adapter else (),
         compiles=config.compile,
+        on_nonfinite=config.on_nonfinite,
+        max_nonfinite=config.max_nonfinite,
+        loss_spike_factor=config.loss_spike_factor,
     )
 
 

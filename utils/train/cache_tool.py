@@ -14,12 +14,14 @@ from rich.table import Table
 
 from models import family_class
 from utils.config.load import load_config
+from utils.data.archives import Stored, remove, stored
 from utils.data.cache import CacheStore
 from utils.data.care import Found, busy, damage_of, drop_dead_claims, encoder_of, entries, leftovers, look_at_all
 from utils.data.crew import sweep
 from utils.data.inspection import LOOKS_FILE
-from utils.data.manifest import PROBES_FILE
+from utils.data.manifest import ARCHIVES_FOLDER, PROBES_FILE
 from utils.data.uses import Use, forget_uses, keys_of, recorded_uses
+from utils.data.whole import forget
 from utils.monitor.console import counted, duration, grouped, short_bytes, show
 from utils.monitor.logs import quiet_libraries, terminal
 from utils.monitor.progress import CacheProgress
@@ -90,6 +92,8 @@ def stats(flags: argparse.Namespace, store: CacheStore, console: Console) -> int
     show(console, table)
     if uses := recorded_uses(store.root):
         show(console, _use_table(uses, found, now))
+    if archives := list(stored(store.root / ARCHIVES_FOLDER)):
+        show(console, f"{_unpacked(archives)} besides")
     if rest := list(leftovers(store.root)):
         show(
             console, f"{counted(len(rest), 'temporary file')} of writers that were killed; gc --delete takes them away"
@@ -153,12 +157,17 @@ def gc(flags: argparse.Namespace, store: CacheStore, console: Console) -> int:
     found = list(entries(store.root))
     unused = [entry for entry in found if entry.key not in keep and entry.written < since]
     rest = list(leftovers(store.root))
+    archives = list(stored(store.root / ARCHIVES_FOLDER))
+    idle = [archive for archive in archives if archive.used < since]  # reading the --config runs has touched theirs
     stay, go = _entries(len(found) - len(unused)), _entries(len(unused))
     show(console, f"{stay} stay, {go} of {short_bytes(_size(unused))} are not in use")
     going = {entry.key for entry in unused}
     for use in uses[:MAX_SHOWN]:
         if shared := len(use.keys & going):
             show(console, f"  {grouped(shared)} of them were used by {use.name}, {_ago(now - use.when)}")
+    for archive in idle:
+        size, used = short_bytes(archive.size), _ago(now - archive.used)
+        show(console, f"the archive {archive.name}, {size} as it lies unpacked, was last read {used}")
     if not flags.delete:
         show(console, "nothing is deleted; --delete does that. A run that is training must be among the --config files")
         return 0
@@ -166,12 +175,16 @@ def gc(flags: argparse.Namespace, store: CacheStore, console: Console) -> int:
         raise ValueError(f"nothing is deleted: {', '.join(jobs)} fills this cache now; wait until it is done")
     for path in (*(entry.path for entry in unused), *rest):
         path.unlink(missing_ok=True)
+    for archive in idle:
+        remove(archive)
     forget_uses(store.root, {entry.key for entry in found} - going)
+    forget(store.root, {entry.key for entry in found} - going)
     drop_dead_claims(store.root)
     sweep(store.root)
     show(
         console,
-        f"deleted {_entries(len(unused))}, {short_bytes(_size(unused))}, and {counted(len(rest), 'temporary file')}",
+        f"deleted {_entries(len(unused))}, {short_bytes(_size(unused))}, {_unpacked(idle)}, and "
+        f"{counted(len(rest), 'temporary file')}",
     )
     return 0
 
@@ -197,6 +210,11 @@ COMMANDS = {"stats": stats, "verify": verify, "gc": gc}
 
 def _size(found: Sequence[Found]) -> int:
     return sum(entry.size for entry in found)
+
+
+def _unpacked(archives: Sequence[Stored]) -> str:
+    size = sum(archive.size for archive in archives)
+    return f"{counted(len(archives), 'unpacked archive')} of {short_bytes(size)}"
 
 
 def _entries(number: int) -> str:

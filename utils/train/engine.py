@@ -9,9 +9,11 @@ DeepSpeed keeps the schedule (1F1B), the process grid and the data-parallel redu
 - Backward: one pass over all outputs. Upstream makes one pass an output and keeps the graph in between.
 - Scale: the loss is divided by the micro-batches once, on the last stage.
 - Clipping: the norm is taken over all stages. Upstream's counts stage 0 only.
+- Loss and norm reach all ranks in one message before the optimizer steps: what is not finite changes nothing.
 - The start-up broadcast is left out: all ranks read the same files, and new weights are seeded by name.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -24,17 +26,15 @@ from deepspeed.runtime.pipe import p2p, schedule
 from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER, PipelineEngine
 from torch import Tensor
 
+from models.adapter_layers import without_adapters
 from models.base import MicroBatch
 from utils import dist as ours
 from utils.train.activity import NOBODY, Activity
+from utils.train.nonfinite import not_finite
 from utils.train.stages import StagedModule
 
 PORT_TAKEN = ("EADDRINUSE", "address already in use")
 HEADER_NUMBERS = 128  # int64 numbers of a header; a tensor takes 3 and its dimensions
-
-
-class NonFiniteError(ValueError):
-    """The loss or the gradient is NaN or infinite; the weights have not been touched."""
 
 
 # instruction -> what it is to people, and the stage that it waits for, counted from this one
@@ -47,6 +47,22 @@ NOTES: dict[type, tuple[str, int | None]] = {
     schedule.SendGrad: ("sending gradients", None),
     schedule.RecvGrad: ("gradients", +1),
 }
+
+
+class Probe(schedule.TrainSchedule):
+    """A training step that ends before gradients are averaged."""
+
+    def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
+        for instructions in super().steps():
+            yield [each for each in instructions if type(each) not in AFTER_BACKWARD]
+
+
+def _with_weights(batch: MicroBatch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What a pass with gradients reads: DeepSpeed knows of inputs and labels only."""
+    return batch.inputs, (*batch.target, batch.weights)
+
+
+AFTER_BACKWARD = (schedule.ReduceTiedGrads, schedule.ReduceGrads, schedule.OptimizerStep)
 
 
 def _noted(instruction: type, execute: Callable[..., None]) -> Callable[..., None]:
@@ -123,11 +139,14 @@ class ReelEngine(PipelineEngine):
             config_class=DeepSpeedConfig(settings, mpu),
         )
         self.max_norm = gradient_clipping
-        self.grad_norm = 0.0
+        self.grad_norm = self.mean_loss = 0.0  # of the last step
+        self.refused = False  # whether its loss or norm was not finite, so that nothing was changed by it
+        self.bad_gradients: list[str] = []  # then those of this stage, in the skeleton's order
         self.bytes_sent = 0  # payload sent to other stages, for the benchmark
-        self._micro = 0
+        self._micro, self._random_rank = 0, self.data_rank
         self.step_index = 0  # set by the loop; dropout counts from it
         self.activity = Activity()  # replaced by the run's
+        self._collect = self._losses  # what a pass without gradients keeps of each micro-batch
         self._sends: list[tuple[Any, Tensor]] = []
 
     @property
@@ -135,27 +154,62 @@ class ReelEngine(PipelineEngine):
         return self.grid.get_data_parallel_id()
 
     def train_step(self, batches: Iterator[MicroBatch] | None) -> float:
-        """One optimizer step; the mean loss over the global batch, on every rank.
+        """One optimizer step; the mean of weight times loss over the global batch, on every rank.
 
-        Raises:
-            NonFiniteError: on all ranks alike, before any weight changed.
+        Where that or the gradient's norm is not finite, `refused` is set, on all ranks alike, and neither weights nor
+        the optimizer's state have changed.
         """
         self._micro = 0
-        loss = self.train_batch(batches)
+        loss = self.train_batch(None if batches is None else map(_with_weights, batches))
         self.timers(TRAIN_BATCH_TIMER).reset()  # nobody reads it, and it keeps two CUDA events a step
         self._finish_sends()
         return float(loss)
 
     def evaluate_batches(self, batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
-        """Losses [B] of `count` micro-batches, on the last stage (elsewhere an empty list). Shapes may differ."""
-        self._micro = 0
+        """Losses [B] of `count` micro-batches, on the last stage (elsewhere an empty list). Shapes may differ.
+
+        All ranks call this, those whose `count` is 0 too. No sample is weighted.
+        """
+        return self._forward_only(batches, count, self._losses)
+
+    def predict_base(self, batches: Iterator[MicroBatch] | None, count: int) -> list[Tensor]:
+        """What the model without its adapter predicts for `count` micro-batches; else as `evaluate_batches`."""
+        with without_adapters(self.module):
+            return self._forward_only(batches, count, lambda prediction, _: prediction)
+
+    def _forward_only(
+        self, batches: Iterator[MicroBatch] | None, count: int, collect: Callable[[Tensor, tuple[Tensor, ...]], Tensor]
+    ) -> list[Tensor]:
+        """What `collect` makes of prediction and target of each micro-batch, on the last stage. No dropout."""
+        self._micro, self._collect = 0, collect
+        self.activity.note("the others to begin this pass", None)
         try:
             with torch.no_grad():
-                losses = self.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
+                kept = self.eval_batch(batches, reduce_output=None, bcast_loss=False, num_micro_batches=count)
         finally:
             self.module.train()
         self._finish_sends()
-        return list(losses or [])
+        return list(kept or [])
+
+    def _losses(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
+        return self.module.loss_fn(prediction, target)
+
+    def probe(self, batch: MicroBatch | None, step: int, micro_batch: int, data_rank: int) -> float | None:
+        """Forward and backward of one micro-batch as it was in a step, and no step: its gradients, averaged with none,
+        lie in the parameters afterwards. Its loss on the last stage.
+
+        Args:
+            batch: on the first and the last stage.
+        """
+        self.zero_grad()
+        self.module.train()
+        self.total_loss, self._compute_loss = None, True
+        self.step_index, self._micro, self._random_rank = step, micro_batch, data_rank
+        self.set_dataiterator(batch and map(_with_weights, iter([batch])))
+        self._exec_schedule(Probe(micro_batches=1, stages=self.num_stages, stage_id=self.stage_id))
+        self._finish_sends()
+        self._random_rank = self.data_rank
+        return None if self.total_loss is None else float(self.total_loss)
 
     def _note(self, instruction: type) -> None:
         """Let the watchdog know what comes now."""
@@ -167,24 +221,24 @@ class ReelEngine(PipelineEngine):
         self.activity.note_next(what, peers)
 
     def _aggregate_total_loss(self) -> Tensor:
-        self.activity.note("the sum of the losses", None)
-        return super()._aggregate_total_loss()
+        return torch.tensor(self.mean_loss)  # known to all since the optimizer step
 
     # --- instructions -------------------------------------------------------------------------------------------
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
-        self.module.random_path = (self.step_index, self._micro, self.data_rank)
+        self.module.random_path = (self.step_index, self._micro, self._random_rank)
         self._micro += 1
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = outputs
             return
-        losses = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
+        labels = self.pipe_buffers["labels"][buffer_id]
         if not self.module.training:
-            self.fwd_outputs.append(losses.detach())
-            self.total_loss = losses.new_zeros(())
+            self.fwd_outputs.append(self._collect(outputs, labels).detach())
+            self.total_loss = torch.zeros((), device=self.device)
             return
-        self.loss = losses.mean()
+        *target, weights = labels
+        self.loss = (self.module.loss_fn(outputs, tuple(target)) * weights).mean()
         self.fwd_outputs.append(self.loss.detach())
         self.total_loss = self.loss.detach() + (0 if self.total_loss is None else self.total_loss)
 
@@ -236,8 +290,13 @@ class ReelEngine(PipelineEngine):
 
     def _exec_optimizer_step(self, lr_kwargs: Any = None) -> None:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        self.grad_norm = self._whole_norm(gradients)
-        self._refuse_non_finite()
+        self.grad_norm, self.mean_loss = self._whole_norm_and_loss(gradients)
+        # NaN and infinity survive any sum, so a bad value on one stage or rank shows in those of all
+        self.refused = not (math.isfinite(self.grad_norm) and math.isfinite(self.mean_loss))
+        if self.refused:
+            self.bad_gradients = not_finite({n: p.grad for n, p in self.module.named_local() if p.grad is not None})
+            self.zero_grad()
+            return
         if self.max_norm and self.grad_norm > self.max_norm:
             # grad_norm + 1e-6 as torch.nn.utils.clip_grad_norm_ has it
             torch._foreach_mul_(gradients, self.max_norm / (self.grad_norm + 1e-6))
@@ -262,22 +321,21 @@ class ReelEngine(PipelineEngine):
     def _broadcast_model(self) -> None:
         """Nothing to do: see the top of this file."""
 
-    def _whole_norm(self, gradients: Sequence[Tensor]) -> float:
-        """Norm of the gradient over all stages; equal on all ranks, as gradients are already averaged."""
-        square = torch.zeros(1, dtype=torch.float64, device=self.device)
+    def _whole_norm_and_loss(self, gradients: Sequence[Tensor]) -> tuple[float, float]:
+        """Norm of the gradient over all stages, and the mean loss; equal on all ranks, as gradients are averaged."""
+        told = torch.zeros(2, dtype=torch.float64, device=self.device)  # the norm's square, the loss
         if gradients:  # all in a few kernels: an adapter has hundreds of small ones
             norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
-            square += torch.stack(norms).double().square().sum()
-        comm.all_reduce(square, group=self.grid.get_pipe_parallel_group())
-        return float(square.sqrt())
-
-    def _refuse_non_finite(self) -> None:
-        # NaN and infinity survive any sum, so a bad value on one stage or rank shows in the norm of all
-        if not torch.isfinite(torch.tensor(self.grad_norm)):
-            raise NonFiniteError(
-                f"the gradient of step {self.step_index + 1} is not finite (norm {self.grad_norm}); the weights are as "
-                "after the step before. Lower the learning rate, or look for damaged clips in this step"
-            )
+            told[0] = torch.stack(norms).double().square().sum()
+        if self.is_last_stage():
+            loss = self.total_loss / self.micro_batches
+            if self.is_data_parallel:
+                comm.all_reduce(loss, group=self.grid.get_data_parallel_group())
+                loss /= self.dp_world_size
+            told[1] = loss
+        comm.all_reduce(told, group=self.grid.get_pipe_parallel_group())
+        square, loss = told.tolist()
+        return math.sqrt(square), loss
 
     def _send(self, tensor: Tensor, stage: int) -> None:
         """Start sending; the receiver may be busy, and this rank has work to do meanwhile."""

@@ -14,9 +14,10 @@ import torch.distributed as torch_dist
 from utils import dist
 from utils.config.load import LoadedConfig
 from utils.data.crew import PeerLost
-from utils.train.engine import NonFiniteError
 from utils.train.faults import Fault
 from utils.train.memory import is_out_of_memory, out_of_memory_words
+from utils.train.nonfinite import NonFiniteError
+from utils.train.stopping import INTERRUPTED_STATUS, TooEarly
 from utils.train.watchdog import Watchdog
 
 # The launcher kills all ranks as soon as one has failed: before they have met, the others give rank 0 this long to say
@@ -69,8 +70,13 @@ def reported() -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
+    except TooEarly:
+        outcome.status = outcome.loaded.run.requeue_exit_code if outcome.loaded else INTERRUPTED_STATUS
+        if dist.is_main():
+            logger.info("stopping before the first step: SIGUSR1 or max_runtime_minutes; what is encoded is kept")
+        _leave(outcome)
     except KeyboardInterrupt:
-        outcome.status = 130
+        outcome.status = INTERRUPTED_STATUS
         _leave(outcome)
     except Exception as error:
         outcome.status = 1

@@ -15,7 +15,8 @@ from models.adapters import needs_float32, plain_name
 from models.base import ModelFamily, WeightSource
 from models.weights import write_safetensors
 from utils import dist
-from utils.train.checkpoint import attempt, first_trouble
+from utils.train.disk import attempt, first_trouble
+from utils.train.nonfinite import not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def export(
 
     def hand_over() -> None:
         for number, model in enumerate(models):
-            tensors = {n: _saved(n, p, dtype).cpu().contiguous() for n, p in model.trained.items()}
+            tensors = _all_saved(model.trained, dtype)
             write_safetensors(parts / str(number) / f"stage_{stage:02d}.safetensors", tensors)
 
     def put_together() -> None:
@@ -88,6 +89,14 @@ def export(
             logger.error("%s not saved: %s; training goes on", folder, trouble)
     dist.barrier()
     return folder if trouble is None else None
+
+
+def _all_saved(trained: Mapping[str, nn.Parameter], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """This stage's tensors on the CPU. Raises `OSError` where a number is beyond what `dtype` can hold."""
+    tensors = {n: _saved(n, p, dtype).cpu().contiguous() for n, p in trained.items()}
+    if bad := not_finite(tensors):
+        raise OSError(f"{bad[0]} is not finite in {dtype}; set save_dtype = 'bfloat16' or 'float32'")
+    return tensors
 
 
 def _saved(name: str, parameter: nn.Parameter, dtype: torch.dtype | None) -> Tensor:

@@ -2,15 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.base import ModelFamily
+from models.base import MicroBatch, ModelFamily
 from utils import dist
 from utils.data.loader import StepLoader
 from utils.data.plan import EpochPlan, StepPlan
@@ -25,6 +24,7 @@ from utils.monitor.metrics import (
     GRAD_NORM,
     LEARNING_RATE,
     LOSS,
+    NONFINITE,
     PEAK_MEMORY_GIB,
     SAMPLES_PER_S,
     STEP_S,
@@ -32,16 +32,26 @@ from utils.monitor.metrics import (
     Point,
     of_expert,
 )
-from utils.train import checkpoint
 from utils.train.activity import LONG, Activity, Batch
-from utils.train.checkpoint import Part
+from utils.train.checkpoint_write import Checkpointer
+from utils.train.engine import ReelEngine
 from utils.train.evaluate import EvalSet, evaluate_experts
 from utils.train.experts import Experts
-from utils.train.export import Model, export
-from utils.train.optimizers import eval_mode
+from utils.train.nonfinite import refuse_bad_weights
+from utils.train.refused import leave_out, tell_of_spike
+from utils.train.regularization import held_samples, toward_base
+from utils.train.saving import (
+    EVALUATION,
+    bad_weight_of,
+    look_at_checkpoint,
+    save_checkpoint,
+    save_model,
+    settle_checkpoint,
+)
 from utils.train.schedules import learning_rate_factor
 from utils.train.state import Milestones, TrainState
-from utils.train.triggers import Decision, Every, SignalFiles, StopSignals
+from utils.train.stopping import StopSignals, TimeLimit, reason
+from utils.train.triggers import Decision, Every, SignalFiles
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +73,9 @@ class LoopSettings:
     is_adapter: bool
     formats: tuple[str, ...] = ()  # of a saved adapter, a file each
     compiles: bool = False  # the first step of each bucket takes long
+    on_nonfinite: str = "stop"  # or "skip"
+    max_nonfinite: int = 10  # steps of the last 100 that may be skipped
+    loss_spike_factor: float = 0.0  # of the running mean, from which on a loss is told of; 0 is never
 
 
 @dataclass
@@ -72,6 +85,7 @@ class Run:
     run_dir: Path
     family: ModelFamily
     experts: Experts  # the models that take the steps; most runs have one
+    checkpointer: Checkpointer
     plan: EpochPlan
     loader: StepLoader | None  # None on middle stages
     eval_sets: Sequence[EvalSet]
@@ -87,13 +101,17 @@ class Run:
     base_lr: float
     activity: Activity = field(default_factory=Activity)  # what this rank is doing, for the watchdog
     name_of: Callable[[int], str] = str  # entry of the plan to the name of its file
+    is_regularization: Callable[[int], bool] = lambda _: False  # whether an entry holds the adapter to the base
     buckets_seen: set[Bucket] = field(default_factory=set)
     saved: Path | None = None  # newest model or adapter of this start
     checkpointed: Path | None = None  # newest checkpoint of this start
+    owed: Sequence[str] = ()  # what was due when the run was stopped, see `utils.train.saving`
     last_eval: int = -1
     last_saved: int = -1
     last_checkpoint: int = -1
     checkpoint_clock: float = field(default_factory=time.monotonic)
+    limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))  # of the whole process
+    asked: Decision = Decision.NONE  # after the last step; why it was the last, where it was not the end
 
     def point(self) -> Point:
         """Where the last step stands, for the metrics."""
@@ -110,18 +128,22 @@ class Run:
 def train(run: Run) -> bool:
     """Train to the end or until asked to stop; True when the end was reached. Every rank calls this."""
     files = SignalFiles(run.run_dir)
-    asked = Decision.NONE
     with StopSignals() as signals, run.display:
         if run.state.step == 0 and run.settings.eval_before_first_step:
             evaluate_all(run)
-        while run.state.step < run.settings.total_steps and not asked & Decision.QUIT:
+        catch_up(run)
+        while run.state.step < run.settings.total_steps and not run.asked & Decision.QUIT:
             before = run.milestones()
             one_step(run)
-            asked = agree(run, files, signals)
-            act(run, before, asked)
-        finished = run.state.step >= run.settings.total_steps
+            run.asked = agree(run, files, signals)
+            look_at_checkpoint(run)
+            act(run, before, run.asked)
+        finished = run.state.step >= run.settings.total_steps and not is_hurried(run.asked)
         if finished:
             finish(run)
+        settle_checkpoint(run)
+    if run.asked & Decision.QUIT:
+        refuse_to_lose(run)
     run.metrics.close()
     if run.loader is not None:
         run.loader.close()
@@ -133,16 +155,22 @@ def one_step(run: Run) -> None:
     run.meters.begin_step()
     plan = run.plan.step(run.state.plan_step)
     built = run.experts.at(run.state.step).built
+    lr = set_learning_rate(run)
+    built.engine.step_index = run.state.step
+    batches = None if run.loader is None else run.meters.waiting(run.loader.next_step())
+    if any(run.is_regularization(item.entry) for item in plan.items):
+        batches = with_base_targets(run, plan, built.engine, batches)
     run.activity.begin(
         f"step {run.state.step + 1}",
         lambda micro_batch: batch_of(run, plan, micro_batch),
         patience=LONG if run.settings.compiles and plan.bucket not in run.buckets_seen else 1.0,
     )
     run.buckets_seen.add(plan.bucket)
-    lr = set_learning_rate(run)
-    built.engine.step_index = run.state.step
-    batches = None if run.loader is None else run.meters.waiting(run.loader.next_step())
     loss = built.engine.train_step(batches)
+    if built.engine.refused:
+        leave_out(run, plan, loss, lr)
+    elif usual := run.meters.watch.spike(loss, run.settings.loss_spike_factor, run.experts.awake):
+        tell_of_spike(run, plan, loss, usual)
     run.activity.note("the metrics")
     epochs_before = run.state.epochs_done(run.plan)
     run.state = run.state.advanced(plan.shape.samples)
@@ -150,6 +178,20 @@ def one_step(run: Run) -> None:
     report(run, plan, loss, lr, times)
     if run.state.epochs_done(run.plan) > epochs_before:
         run.metrics.log(run.point(), {EPOCH_LOSS: run.meters.end_epoch()})
+
+
+def with_base_targets(
+    run: Run, plan: StepPlan, engine: ReelEngine, batches: Iterator[MicroBatch] | None
+) -> Iterator[MicroBatch] | None:
+    """The micro-batches of a step that has samples of regularization sets."""
+    held = held_samples(plan.micro_batches_of(engine.data_rank), run.is_regularization)
+    numbers = list(held)
+    run.activity.begin(
+        f"step {run.state.step + 1}, the base model's predictions",
+        lambda passed: batch_of(run, plan, None if passed is None else numbers[passed]),
+        patience=LONG if run.settings.compiles else 1.0,  # without the adapter the layers are compiled anew
+    )
+    return toward_base(engine, batches, held)
 
 
 def batch_of(run: Run, plan: StepPlan, micro_batch: int | None) -> Batch:
@@ -172,6 +214,8 @@ def set_learning_rate(run: Run) -> float:
 def report(run: Run, plan: StepPlan, loss: float, lr: float, times: StepTimes) -> None:
     """Metrics and the live line of a step."""
     step, expert, norm = run.state.step, run.experts.awake, run.experts.engine.grad_norm
+    if run.experts.engine.refused:
+        run.metrics.log(run.point(), {NONFINITE: run.meters.watch.total_left_out})
     if step % run.settings.logging_steps == 0:
         values = {LOSS: loss, GRAD_NORM: norm, LEARNING_RATE: lr, STEP_S: times.step_s, DATA_WAIT_S: times.data_wait_s}
         values |= {of_expert(LOSS, expert): loss, of_expert(GRAD_NORM, expert): norm}
@@ -194,37 +238,71 @@ def report(run: Run, plan: StepPlan, loss: float, lr: float, times: StepTimes) -
 
 
 def agree(run: Run, files: SignalFiles, signals: StopSignals) -> Decision:
-    """What rank 0 saw: minutes, files and signals. All ranks act in the same step."""
-    seen = Decision.NONE
+    """What any rank saw: minutes and files rank 0 alone, signals each its own. All ranks act in the same step."""
+    seen = signals.poll()
     if dist.is_main():
-        seen = files.poll() | signals.poll()
+        seen |= files.poll() | run.limit.poll()
         if run.settings.checkpoint_every.minutes_due(time.monotonic() - run.checkpoint_clock):
             seen |= Decision.CHECKPOINT
-    run.activity.note("the word of rank 0 on what is due", None)
-    return Decision(dist.from_main(int(seen)))
+    run.activity.note("the word of all on what is due", None)
+    asked = Decision(dist.join_flags(int(seen)))
+    if asked & Decision.QUIT and (why := reason(asked)):
+        logger.info("stopping after step %d: %s", run.state.step, why)
+    return asked
 
 
 def act(run: Run, before: Milestones, asked: Decision) -> None:
     """Evaluate, save and checkpoint where this step made it due."""
     now, settings = run.milestones(), run.settings
     checkpoint_due = bool(asked & Decision.CHECKPOINT) or settings.checkpoint_every.due(before, now)
-    if checkpoint_due and asked & Decision.QUIT:
-        save_checkpoint(run)  # first: whoever sent SIGTERM may not wait for an evaluation
-    if settings.eval_every.due(before, now):
+    # an epoch's end names the folder, as diffusion-pipe has it
+    name = f"epoch{now.epochs_done}" if now.epochs_done > before.epochs_done else f"step{now.step}"
+    due = [EVALUATION] if run.eval_sets and settings.eval_every.due(before, now) else []
+    due += [name] if asked & Decision.SAVE or settings.save_every.due(before, now) else []
+    if is_hurried(asked):
+        save_checkpoint(run, wait=True, owed=due)
+        return
+    if EVALUATION in due:
         evaluate_all(run)
-    if asked & Decision.SAVE or settings.save_every.due(before, now):
-        # an epoch's end names the folder, as diffusion-pipe has it
-        save_model(run, f"epoch{now.epochs_done}" if now.epochs_done > before.epochs_done else f"step{now.step}")
+    if name in due:
+        save_model(run, name)
     if checkpoint_due and run.last_checkpoint != now.step:
-        save_checkpoint(run)  # last: a start from it does not come back to what was due before
+        # last: a start from it does not come back to what was due before
+        save_checkpoint(run, wait=bool(asked & Decision.QUIT))
+
+
+def is_hurried(asked: Decision) -> bool:
+    """Whether nothing but a checkpoint may be waited for: whoever sent SIGTERM will not wait for an evaluation."""
+    return bool(asked & Decision.QUIT) and not asked & Decision.SAVE
+
+
+def catch_up(run: Run) -> None:
+    """What was due when the run was stopped, and could not be waited for."""
+    if EVALUATION in run.owed and run.last_eval != run.state.step:
+        evaluate_all(run)
+    for name in run.owed:
+        if name != EVALUATION and not (run.run_dir / name).exists():
+            save_model(run, name)
+
+
+def refuse_to_lose(run: Run) -> None:
+    """Raises `OSError` where a run that was asked to stop could not write its checkpoint."""
+    if run.last_checkpoint != run.state.step:
+        newest = f"the newest is {run.checkpointed}" if run.checkpointed else "there is none"
+        raise OSError(
+            f"the run stops after step {run.state.step} without a checkpoint of it, see above; {newest}. Make room, "
+            "then start again with --resume_from_checkpoint"
+        )
 
 
 def finish(run: Run) -> None:
     """A last evaluation, checkpoint and model, unless just made: no run ends without a number or a file."""
+    refuse_bad_weights(bad_weight_of(run), f"the end of the run, step {run.state.step},")
+    settle_checkpoint(run)
     if run.eval_sets and run.last_eval != run.state.step:
         evaluate_all(run)
     if run.last_checkpoint != run.state.step:
-        save_checkpoint(run)
+        save_checkpoint(run, wait=True)
     if run.last_saved != run.state.step:
         save_model(run, f"step{run.state.step}")
     if run.last_saved != run.state.step:
@@ -239,8 +317,11 @@ def evaluate_all(run: Run) -> None:
     run.last_eval = run.state.step
     progress = run.progress if dist.is_main() else None
     shares, patience = run.family.expert_shares(), LONG if run.settings.compiles else 1.0
-    for name, found in evaluate_experts(run.experts, run.eval_sets, shares, progress, patience).items():
+    results = evaluate_experts(run.experts, run.eval_sets, shares, progress, patience)
+    for name, found in results.items():
         run.metrics.log(run.point(), found.scalars(name))
+    run.metrics.flush()  # they are not made again
+    for name, found in results.items():
         for expert, result in found.of.items():
             logger.info(
                 "%s: loss %.4f over %d samples (%.4f at quantile 0.1, %.4f at 0.9)",
@@ -252,49 +333,3 @@ def evaluate_all(run: Run) -> None:
             )
         if len(found.of) > 1:
             logger.info("%s: loss %.4f over all timesteps", name, found.loss)
-
-
-def save_checkpoint(run: Run) -> None:
-    engine = run.experts.engine
-    run.activity.begin(f"writing the checkpoint of step {run.state.step}", patience=LONG)
-    folder = checkpoint.save(
-        run.run_dir,
-        run.state,
-        epochs_done=run.state.epochs_done(run.plan),
-        course=run.course,
-        meters=run.meters.state_dict(),
-        parts={name: Part(each.built.trained, each.built.optimizer) for name, each in run.experts.items()},
-        stage=engine.stage_id,
-        data_rank=engine.data_rank,
-        keep_last=run.settings.keep_last,
-        note=run.activity.note,
-    )
-    run.checkpoint_clock = time.monotonic()
-    if folder is not None:
-        run.last_checkpoint, run.checkpointed = run.state.step, folder
-        run.metrics.flush()
-        logger.info("checkpoint written: %s", folder)
-
-
-def save_model(run: Run, name: str) -> None:
-    engine = run.experts.engine
-    run.activity.begin(f"saving {name}", patience=LONG)
-    now = run.milestones()
-    metadata = {**run.metadata, "reelpipe.step": str(now.step), "reelpipe.epoch": str(now.epochs_done)}
-    with ExitStack() as stack:
-        for _, expert in run.experts.items():
-            stack.enter_context(eval_mode(expert.built.optimizer))
-        folder = export(
-            [Model(expert.family, expert.built.trained, expert.built.base) for _, expert in run.experts.items()],
-            run.run_dir / name,
-            is_adapter=run.settings.is_adapter,
-            dtype=run.settings.save_dtype,
-            stage=engine.stage_id,
-            data_rank=engine.data_rank,
-            metadata=metadata,
-            extras=run.write_configs,
-            formats=run.settings.formats,
-        )
-    if folder is not None:
-        run.last_saved, run.saved = run.state.step, folder
-        logger.info("saved: %s", folder)

@@ -51,11 +51,12 @@ def settings_that_help(loaded: LoadedConfig, activity: Activity) -> Iterator[str
     if getattr(model, "transformer_dtype", "") is None and run.adapter is not None:
         yield "[model] transformer_dtype = 'float8' (now as dtype): halves the frozen weights"
     if size > 1 and not activity.phase.startswith("the evaluation"):
-        more = run.gradient_accumulation_steps * 2
-        yield (
-            f"micro_batch_size_per_gpu = {size // 2} (now {size} here), with gradient_accumulation_steps = {more} "
-            "for the same batch"
-        )
+        more = f"with gradient_accumulation_steps = {run.gradient_accumulation_steps * 2} for the same batch"
+        most = run.max_tokens_per_gpu
+        if most is None:
+            yield f"micro_batch_size_per_gpu = {size // 2} (now {size} here), {more}"
+        else:
+            yield f"max_tokens_per_gpu = {most // 2} (now {most}, {size} samples here), {more}"
     if run.activation_checkpointing is True:
         yield "activation_checkpointing = 'offload' (now true): keeps blocks' inputs in host memory"
     yield f"pipeline_stages = {run.pipeline_stages + 1} or more, with as many devices (now {run.pipeline_stages})"

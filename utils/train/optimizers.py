@@ -182,7 +182,7 @@ def optimizer_state_by_name(optimizer: Optimizer, named_parameters: NamedParamet
         kind: the optimizer's class, whose state says nothing to another.
     """
     names = {id(p): name for name, p in named_parameters}
-    live = partial(_map_tensors, change=Tensor.detach)
+    live = partial(map_tensors, change=Tensor.detach)
     return {
         "state": {names[id(p)]: live(dict(v)) for p, v in optimizer.state.items() if isinstance(p, Tensor)},
         "shapes": {names[id(p)]: list(p.shape) for group in optimizer.param_groups for p in group["params"]},
@@ -196,7 +196,7 @@ def _saved_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str
     values = {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
     return {
         "names": [names[id(p)] for p in group["params"]],
-        "values": _map_tensors(values, Tensor.detach),
+        "values": map_tensors(values, Tensor.detach),
         # a checkpoint is read to the CPU, and D-Adaptation's sums belong on the device while optimi's step does not
         "on_device": [key for key, v in values.items() if isinstance(v, Tensor) and v.device.type != "cpu"],
     }
@@ -244,7 +244,7 @@ def load_optimizer_state_by_name(
     for name, p in parameters.items():
         if name in state["state"]:
             optimizer.state[p] = _restored(state["state"][name], p.device, optimizer)
-    optimizer.state.update(_map_tensors(dict(state.get("shared", {})), Tensor.clone))
+    optimizer.state.update(map_tensors(dict(state.get("shared", {})), Tensor.clone))
     for group in optimizer.param_groups:
         members = {names[id(p)] for p in group["params"]}
         saved = next((g for g in state["groups"] if members.intersection(g["names"])), None)
@@ -252,7 +252,7 @@ def load_optimizer_state_by_name(
             device = group["params"][0].device
             for key in saved["values"].keys() - FROM_CONFIG:
                 target = device if key in saved["on_device"] else None
-                group[key] = _map_tensors(saved["values"][key], partial(Tensor.to, device=target, copy=True))
+                group[key] = map_tensors(saved["values"][key], partial(Tensor.to, device=target, copy=True))
     known = state["state"].keys() | {name for group in state["groups"] for name in group["names"]}
     return [name for name in parameters if name not in known]
 
@@ -271,19 +271,19 @@ def _restored(saved: Mapping[str, Any], device: torch.device, optimizer: Optimiz
     step_on_device = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
     devices = {"step": device if step_on_device else torch.device("cpu")}
     return {
-        key: _map_tensors(value, partial(Tensor.to, device=devices.get(key, device), copy=True))
+        key: map_tensors(value, partial(Tensor.to, device=devices.get(key, device), copy=True))
         for key, value in saved.items()
     }
 
 
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`value` with each tensor in it changed; containers are rebuilt, plain values kept."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(item, change) for item in value)
+        return type(value)(map_tensors(item, change) for item in value)
     return value
 
 

@@ -55,12 +55,12 @@ class Parking:
 def _to_host(weights: Sequence[Tensor], pinned: bool) -> list[Tensor]:
     """A copy of each in host memory, many in one allocation."""
     copies: list[Tensor] = []
-    for group in _groups([_bytes(weight) for weight in weights]):
-        room = sum(_aligned(_bytes(weights[i])) for i in group)
+    for group in groups([tensor_bytes(weight) for weight in weights]):
+        room = sum(aligned(tensor_bytes(weights[i])) for i in group)
         try:
             chunk = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
-            total = sum(map(_bytes, weights)) / 2**30
+            total = sum(map(tensor_bytes, weights)) / 2**30
             raise ValueError(
                 f"the host has no room for the {total:.1f} GiB of frozen weights that wait there while another expert "
                 f"trains ({str(error).splitlines()[0]}); train one expert after the other, use more pipeline_stages, "
@@ -68,28 +68,28 @@ def _to_host(weights: Sequence[Tensor], pinned: bool) -> list[Tensor]:
             ) from error
         start = 0
         for weight in (weights[i] for i in group):
-            copy = chunk[start : start + _bytes(weight)].view(weight.dtype).view(weight.shape)
+            copy = chunk[start : start + tensor_bytes(weight)].view(weight.dtype).view(weight.shape)
             copies.append(copy.copy_(weight.detach()))
-            start += _aligned(_bytes(weight))
+            start += aligned(tensor_bytes(weight))
     return copies
 
 
-def _groups(sizes: Sequence[int]) -> list[list[int]]:
+def groups(sizes: Sequence[int]) -> list[list[int]]:
     """Indices in order, as many to a group as fit a chunk; what is larger than a chunk is a group of its own."""
     groups: list[list[int]] = []
     used = CHUNK_BYTES + 1
     for index, size in enumerate(sizes):
-        if used + _aligned(size) > CHUNK_BYTES:
+        if used + aligned(size) > CHUNK_BYTES:
             groups.append([])
             used = 0
         groups[-1].append(index)
-        used += _aligned(size)
+        used += aligned(size)
     return groups
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _bytes(weight: Tensor) -> int:
+def tensor_bytes(weight: Tensor) -> int:
     return weight.numel() * weight.element_size()

@@ -1,12 +1,14 @@
 """Datasets to manifests and a filled cache, agreed on by all ranks."""
 
+import gc
 import logging
 import math
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +21,10 @@ from utils.data.decode_pool import decoded_bytes
 from utils.data.listing import Skipped
 from utils.data.manifest import Manifest, build_manifest, overlap
 from utils.data.precache import PrecacheReport, precache
-from utils.data.records import TEXT
+from utils.data.records import MASK, TEXT
 from utils.data.room import FREE_SHARE, GIB, free_memory, require_disk
 from utils.data.uses import keys_of, record_use
+from utils.data.whole import lacking
 from utils.data.workers import Progress
 from utils.monitor.console import counted
 
@@ -98,12 +101,23 @@ def prepare(
         crew.meet(dist.barrier)  # so that nobody misses the files of one that is done
     manifests = {name: manifest.without(report.failed) for name, manifest in manifests.items()}
     if dist.is_main():
+        remember_made(store, manifests.values())
         record_use(store.root, keys_of(manifests.values()), run_dir.name if run_dir else "--cache_only")
         shutil.rmtree(folder, ignore_errors=True)
         sweep(store.root)
         if run_dir:
             write_skipped(run_dir / "skipped.jsonl", skipped(manifests))
     return Prepared(store, manifests, report)
+
+
+def remember_made(store: CacheStore, manifests: Iterable[Manifest]) -> None:
+    """Open what was just made, so that the next start need not."""
+    made: dict[str, set[str]] = {}
+    for manifest in manifests:
+        for kind, jobs in manifest.jobs.items():
+            made.setdefault(kind, set()).update(job.key for job in jobs)
+    for kind, keys in made.items():
+        lacking(store, kind, keys)
 
 
 def ring_share(cache_ram_gb: float | None) -> int:
@@ -121,7 +135,7 @@ def require_room(
     jobs = {
         (kind, job.key): job for manifest in manifests.values() for kind in manifest.jobs for job in manifest.jobs[kind]
     }
-    clips = [job for (kind, _), job in jobs.items() if kind != TEXT]
+    clips = [job for (kind, _), job in jobs.items() if kind not in (TEXT, MASK)]
     least = decoded_bytes(clips) * (run.caching_batch_size + 1)
     if run.cache_ram_gb is not None and least > ring_bytes:
         raise ValueError(
@@ -136,6 +150,8 @@ def require_room(
         if kind == TEXT:  # a token a word at least, and one for the end
             tokens = len(job.caption.split()) + 1
             need += outline.caption_token_bytes * min(tokens, outline.max_caption_tokens or tokens)
+        elif kind == MASK:
+            need += job.cells
         elif outline.cache_bytes:
             need += outline.cache_bytes(*job.bucket).get(kind, 0)
     require_disk(store.root, need)
@@ -161,20 +177,33 @@ def scan(
     progress: Progress,
 ) -> dict[str, Manifest]:
     """Each dataset's samples, and what the cache lacks of them."""
-    return {
-        name: build_manifest(
-            dataset.directory,
-            spec=family.media_spec(),
-            clip_mode=loaded.run.video_clip_mode,
-            encoders=encoders,
-            store=store,
-            workers=workers,
-            skip_bad_media=loaded.run.skip_bad_media,
-            regenerate=regenerate,
-            progress=progress,
-        )
-        for name, dataset in {TRAIN: loaded.dataset, **loaded.eval_datasets}.items()
-    }
+    with _collector_paused():
+        return {
+            name: build_manifest(
+                dataset.directory,
+                spec=family.media_spec(),
+                clip_mode=loaded.run.video_clip_mode,
+                encoders=encoders,
+                store=store,
+                workers=workers,
+                skip_bad_media=loaded.run.skip_bad_media,
+                regenerate=regenerate,
+                progress=progress,
+            )
+            for name, dataset in {TRAIN: loaded.dataset, **loaded.eval_datasets}.items()
+        }
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Records by the hundred thousand hold no cycles, and to look for some among them takes a tenth of a start."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def open_cache(root: Path) -> CacheStore:
@@ -192,7 +221,8 @@ def save_manifests(manifests: Mapping[str, Manifest], folder: Path) -> None:
 
 
 def load_manifests(names: Iterable[str], folder: Path) -> dict[str, Manifest]:
-    return {name: Manifest.load(folder / f"{name or 'train'}.json") for name in names}
+    with _collector_paused():
+        return {name: Manifest.load(folder / f"{name or 'train'}.json") for name in names}
 
 
 def refuse_overlap(manifests: Mapping[str, Manifest]) -> None:

@@ -11,25 +11,30 @@ from rich.console import Console
 from utils import dist
 from utils.config.rules import advice
 from utils.data.cache import write_lines, write_whole
+from utils.data.listing import by_reason
+from utils.data.manifest import Group
 from utils.data.pace import pixels_of, read_pace
 from utils.monitor import console as show
 from utils.monitor.logs import quiet_libraries, setup_logging, terminal
 from utils.monitor.progress import CacheProgress
 from utils.train import tell
+from utils.train.order import over_budget
 from utils.train.prepare import write_skipped
-from utils.train.survey import Survey, begin, cache_size, decoded, explore, refusals
+from utils.train.survey import TRAIN, Survey, begin, cache_size, decoded, explore, refusals, stops
+
+EXIT_STOPS = 1
 
 
-def preview(flags: argparse.Namespace) -> None:
+def preview(flags: argparse.Namespace) -> int:
     """Read, count, look and tell; writes the two lists, the page that was asked for, and what the cache remembers of
-    the files.
+    the files. Returns the exit status: 1 where the start would stop.
 
     Raises:
         ConfigError: all that is wrong with the files.
         ValueError: the page cannot be written where it was asked for.
     """
     if not dist.is_main():
-        return
+        return 0
     quiet_libraries()
     console = terminal()
     setup_logging(dist.rank(), console)
@@ -47,6 +52,7 @@ def preview(flags: argparse.Namespace) -> None:
 
             write_whole(flags.html, page(report_of(survey, progress)).encode("utf-8", "replace"))
             show.show(console, show.closing_panel({"contact sheet": flags.html.absolute()}, {}, title="Open"))
+    return EXIT_STOPS if stops(survey) else 0
 
 
 def make_room(page: Path) -> None:
@@ -88,11 +94,17 @@ def conclude(console: Console, survey: Survey) -> None:
     """Everything that was found out, in tables."""
     for notice in survey.notices:
         show.show(console, f"note: {notice}")
+    tell.sets(console, map(Group.of, survey.loaded.dataset.directory))
     if survey.plan:
         tell.epoch(console, survey.plan, survey.outline.tokens)
         show.show(
             console, f"{show.counted(survey.steps, 'step')} in all, in {show.counted(survey.config.epochs, 'epoch')}"
         )
+    if masked := survey.num_masked:
+        show.show(console, f"loss masks: {masked} of {show.counted(len(survey.clips), 'clip')} have one")
+    held_out = [clip.bucket for of, clip in survey.clips if of != TRAIN]
+    for note in over_budget(survey.config, survey.plan, survey.outline.tokens, held_out):
+        show.show(console, f"note: {note}")
     for warning in refusals(survey):
         show.show(console, f"warning: {warning}")
     for name in list(survey.datasets())[1:]:
@@ -102,8 +114,8 @@ def conclude(console: Console, survey: Survey) -> None:
     for line in cache_lines(survey):
         show.show(console, line)
     if survey.skipped:
-        rows = [(item.path.name, item.reason) for _, item in survey.skipped]
-        show.show(console, show.skipped_table(rows, full_list=str(survey.folder / "skipped.jsonl")))
+        rows, full_list = by_reason(item for _, item in survey.skipped), str(survey.folder / "skipped.jsonl")
+        show.show(console, show.skipped_table(rows, full_list=full_list, files=len(survey.skipped)))
     if survey.findings:
         rows = [(Path(finding.path).name, finding.kind, finding.text) for finding in survey.findings]
         show.show(console, show.warning_table(rows, full_list=str(survey.folder / "warnings.jsonl")))
@@ -122,7 +134,10 @@ def cache_lines(survey: Survey) -> list[str]:
     free = shutil.disk_usage(place).free
     about = "" if survey.outline.count_caption_tokens else "about "
     time = cache_time(survey) or "How long it takes is known once the first clips are encoded"
-    parts = ", ".join(f"{show.grouped(count)} {kind} {show.short_bytes(size)}" for kind, (count, size) in sizes.items())
+    parts = ", ".join(
+        f"{show.counted(count, tell.NOUNS.get(kind, kind))} {show.short_bytes(size)}"
+        for kind, (count, size) in sizes.items()
+    )
     told = [
         f"cache: {about}{show.short_bytes(total)} ({parts}) in {place}, where {show.short_bytes(free)} are free; what "
         f"is there already is not made again. {time}"

@@ -15,6 +15,7 @@ from utils.train.survey import TRAIN, Survey, cache_size, refusals
 # most clips -> longer side of a frame, px. A frame of 128 px takes 3 to 5 KB as the page has it.
 SIDES_PX = ((200, 208), (600, 160), (1200, 128), (2000, 112))
 MOST_CARDS = 2000  # a page with more opens slowly; those with warnings come first
+MOST_LEFT_OUT = 5000  # rows of 300 bytes
 
 
 def report_of(survey: Survey, progress: Progress) -> Report:
@@ -33,13 +34,13 @@ def report_of(survey: Survey, progress: Progress) -> Report:
     return Report(
         title=survey.outline.title,
         subtitle=f"What {survey.config.dataset} comes to, before anything is encoded",
-        notes=[*survey.outline.notes, *survey.notices, *refusals(survey), *_not_shown(survey, shown)],
+        notes=[*survey.outline.notes, *survey.notices, *refusals(survey), *_not_shown(survey, shown, warnings)],
         facts=facts(survey),
         arithmetic=arithmetic,
         buckets=rows,
         histograms=histograms(survey),
         cards=cards,
-        left_out=[LeftOut(name, str(item.path), item.reason) for name, item in survey.skipped],
+        left_out=[LeftOut(name, str(item.path), item.reason) for name, item in survey.skipped[:MOST_LEFT_OUT]],
     )
 
 
@@ -51,9 +52,20 @@ def chosen(clips: Sequence[Measured], warnings: dict[tuple[str, str], list[Findi
     return [clips[i] for i in sorted(order[:MOST_CARDS])]
 
 
-def _not_shown(survey: Survey, shown: Sequence[Measured]) -> list[str]:
-    rest = len(survey.measured) - len(shown)
-    return [f"{show.counted(rest, 'clip')} without warnings are not shown, to keep the page small"] if rest else []
+def _not_shown(survey: Survey, shown: Sequence[Measured], warnings: dict[tuple[str, str], list[Finding]]) -> list[str]:
+    """What the page leaves out to stay small."""
+    told = []
+    if rest := len(survey.measured) - len(shown):
+        warned = sum(bool(warnings.get((item.dataset, str(item.clip.media.path)))) for item in survey.measured)
+        which = (
+            f", {show.grouped(warned - MOST_CARDS)} of them with warnings,"
+            if warned > MOST_CARDS
+            else " without warnings"
+        )
+        told.append(f"{show.counted(rest, 'clip')}{which} are not shown, to keep the page small")
+    if (rest := len(survey.skipped) - MOST_LEFT_OUT) > 0:
+        told.append(f"{show.counted(rest, 'more file')} that are left out stand in {survey.folder / 'skipped.jsonl'}")
+    return told
 
 
 def card_of(item: Measured, found: Sequence[Finding], picture: Picture | None) -> Card:
@@ -86,6 +98,8 @@ def facts(survey: Survey) -> list[tuple[str, str]]:
     told = [(show.grouped(train), "clips to train on")]
     if held_out:
         told.append((show.grouped(held_out), "clips held out"))
+    if survey.num_masked:
+        told.append((show.grouped(survey.num_masked), "clips with a loss mask"))
     told.append((show.grouped(len(survey.skipped)), "files left out"))
     told.append((show.grouped(warned), "files with warnings"))
     told.append((show.grouped(survey.steps), f"steps in {show.counted(survey.config.epochs, 'epoch')}"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.load import LoadedConfig, config_digest, resolved_dataset_toml, resolved_toml
+from utils.config.source import redacted_text
 from utils.version import VERSION
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "av")
@@ -31,7 +32,7 @@ def write_record(loaded: LoadedConfig, folder: Path, facts: Mapping[str, Any]) -
     starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     record = {
         "reelpipe": VERSION,
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(map(redacted_text, sys.argv)),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git": git_state(),

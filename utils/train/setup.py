@@ -108,7 +108,9 @@ def join(job: Job) -> None:
     finally:
         patience.cancel()
     run_dir = job.resume.parent if job.resume else None
-    if run_dir is None and dist.is_main() and not job.flags.cache_only:
+    if job.flags.replay:
+        run_dir = None  # its folder may be in use
+    elif run_dir is None and dist.is_main() and not (job.flags.cache_only or job.flags.preflight):
         run_dir = new_run_folder(job.config.output_dir)
     agreed = dist.text_from_main(str(run_dir or ""))
     if agreed:
@@ -185,6 +187,7 @@ def prepare_data(job: Job) -> Prepared:
     """Scan, cache, and tell what came of it."""
     config = job.config
     workers = config.map_num_proc or max(1, min(DEFAULT_WORKERS, (os.cpu_count() or 1) // dist.ranks_here()))
+    resume = None if job.flags.reset_dataloader else job.resume
     with CacheProgress(job.console, enabled=dist.is_main()) as progress:
         prepared = prepare(
             job.loaded,
@@ -193,7 +196,7 @@ def prepare_data(job: Job) -> Prepared:
             regenerate=job.flags.regenerate_cache,
             progress=Watched(progress, job.activity),
             run_dir=job.run_dir,
-            check=lambda train: check_order(config, train, None if job.flags.reset_dataloader else job.resume),
+            check=lambda train: check_order(config, train, job.family.tokens, resume),
         )
     if dist.is_main():
         seconds, ranks = prepared.report.seconds, dist.world_size()

@@ -171,7 +171,8 @@ class StagedModule(PipelineModule):
         """Let torch compile each checkpointable layer in place; the first step of each shape waits for it."""
         for layer in self.forward_funcs:
             if getattr(layer, "checkpointable", False):
-                # beyond the limit torch goes on uncompiled; each bucket needs a version to train and one to evaluate
+                # beyond the limit torch goes on uncompiled; each bucket needs a version to train and one to evaluate,
+                # and with regularization sets one without the adapter
                 layer.compile(dynamic=False, recompile_limit=COMPILED_VERSIONS)
 
     def named_local(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -179,6 +180,17 @@ class StagedModule(PipelineModule):
         for name, parameter in self._skeleton[0].named_parameters():
             if not parameter.is_meta:
                 yield name, parameter
+
+    def named_local_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """This stage's modules under the skeleton's names; a layer that has none there as `layer 3`."""
+        mine = {id(module) for module in self.modules()} - {id(self)}
+        for name, module in self._skeleton[0].named_modules():
+            if id(module) in mine:
+                mine.remove(id(module))
+                yield name, module
+        for index, layer in enumerate(self.forward_funcs, start=self._local_start):
+            if id(layer) in mine:
+                yield f"layer {index}", layer
 
     def forward(self, forward_input: Any) -> Any:
         runner, inputs = self._runner, forward_input

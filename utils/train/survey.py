@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from models import family_class
 from models.base import Outline
 from utils import dist
@@ -14,17 +16,21 @@ from utils.config.load import ConfigError, LoadedConfig, load_config
 from utils.config.rules import check_paths, check_rules
 from utils.config.schema import RunConfig
 from utils.data.cache import CacheStore
-from utils.data.findings import Finding, Measured, findings
+from utils.data.findings import TRAIN_AND_EVAL, Finding, Measured, findings
 from utils.data.inspection import LOOKS_FILE, look_at, view_of
+from utils.data.keys import Keys
 from utils.data.listing import Skipped
-from utils.data.manifest import Group, Manifest, cut_dataset
+from utils.data.manifest import Count, Group, Manifest, cut_dataset
+from utils.data.masks import MaskJob
 from utils.data.plan import EpochPlan
-from utils.data.records import Bucket, Clip, Entry
+from utils.data.precache import precache
+from utils.data.records import MASK, Bucket, Clip, Entry
 from utils.data.stat_index import StatIndex
+from utils.data.whole import lacking
 from utils.data.workers import Progress
 from utils.monitor import console as show
-from utils.train.order import plan_of
-from utils.train.prepare import DEFAULT_WORKERS, open_cache
+from utils.train.order import never_used, plan_of, smaller_batches
+from utils.train.prepare import DEFAULT_WORKERS, open_cache, ring_share
 
 TRAIN = "train"  # the training set's name in what is told
 PLAN_FOLDER = "plan"  # in output_dir
@@ -59,6 +65,11 @@ class Survey:
         """Of the whole run."""
         steps = self.plan.first_step(self.config.epochs + 1) if self.plan else 0
         return min(steps, self.config.max_steps or steps)
+
+    @property
+    def num_masked(self) -> int:
+        """Clips with a loss mask, of all datasets."""
+        return sum(clip.media.mask is not None for _, clip in self.clips)
 
     def datasets(self) -> dict[str, Sequence]:
         """The directories of each dataset."""
@@ -99,12 +110,44 @@ def explore(survey: Survey, progress: Progress) -> None:
         survey.clips += [(name, clip) for clip in cut.clips]
         survey.skipped += [(name, item) for item in cut.skipped]
         survey.notices += cut.notices
+    try_masks(survey, store, progress)
     measure(survey, store, progress)
     entries = [Entry("", "", clip.bucket, clip.group, (), (), ()) for name, clip in survey.clips if name == TRAIN]
-    groups = [Group(Path(folder.path), folder.num_repeats) for folder in survey.loaded.dataset.directory]
+    groups = [Group.of(folder) for folder in survey.loaded.dataset.directory]
     if entries:
         train = Manifest(entries, groups, [], {}, {}, "")
-        survey.plan = plan_of(survey.config, train, survey.ranks // survey.config.pipeline_stages)
+        data_ranks = survey.ranks // survey.config.pipeline_stages
+        survey.plan = plan_of(survey.config, train, data_ranks, survey.outline.tokens)
+
+
+def try_masks(survey: Survey, store: CacheStore, progress: Progress) -> None:
+    """Make the loss masks, which takes no weights; clips with one that cannot be used are left out."""
+    wanted = masks_of(survey)
+    absent = lacking(store, MASK, wanted)
+    jobs = [wanted[key] for key in wanted if key in absent]
+    if not jobs:
+        return
+    failed = precache(
+        [Manifest([], [], [], {MASK: jobs}, {MASK: Count(len(jobs), 0)}, "")],
+        (),
+        store,
+        device=torch.device("cpu"),
+        workers=survey.workers,
+        batch_size=1,
+        progress=progress,
+        decode_timeout_s=survey.config.decode_timeout_s,
+        ring_bytes=ring_share(survey.config.cache_ram_gb),
+        skip_bad_media=True,
+    ).failed
+    lost: dict[tuple[str, Skipped], None] = {}  # a file's clips may all fail for one reason
+    kept = []
+    for name, clip in survey.clips:
+        keys = [job.key for job in masks_by_turn(survey, clip)]
+        if key := next((key for key in keys if key in failed), None):
+            lost[name, failed[key]._replace(reason=f"as the mask of {clip.media.path.name}: {failed[key].reason}")] = None
+        else:
+            kept.append((name, clip))
+    survey.clips, survey.skipped = kept, [*survey.skipped, *lost]
 
 
 def measure(survey: Survey, store: CacheStore, progress: Progress) -> None:
@@ -114,6 +157,7 @@ def measure(survey: Survey, store: CacheStore, progress: Progress) -> None:
         workers=survey.workers,
         index=StatIndex(store.root / LOOKS_FILE),
         progress=progress,
+        timeout_s=survey.config.decode_timeout_s,
     )
     lost = {(name, clip.media.path): reasons[view] for name, clip in survey.clips if (view := view_of(clip)) in reasons}
     survey.skipped += [(name, Skipped(path, reason, bad=True)) for (name, path), reason in lost.items()]
@@ -136,10 +180,22 @@ def measure(survey: Survey, store: CacheStore, progress: Progress) -> None:
 def decoded(survey: Survey) -> dict[tuple, Bucket]:
     """Bucket of each clip that encoders will see, equal ones once."""
     return {
-        (clip.media.content_hash, turn.start, turn.fps, turn.source_fps, turn.fill, turn.bucket): turn.bucket
+        (clip.media.content_hash, turn.start, turn.fps, turn.source_fps, turn.fill, *framed): turn.bucket
         for _, clip in survey.clips
         for turn in clip.each_turn()
+        for framed in [(turn.framing, turn.bucket)]
     }
+
+
+def masks_of(survey: Survey) -> dict[str, MaskJob]:
+    """Loss masks that are made, by their key."""
+    return {job.key: job for _, clip in survey.clips for job in masks_by_turn(survey, clip)}
+
+
+def masks_by_turn(survey: Survey, clip: Clip) -> list[MaskJob]:
+    """The mask of each turn of a clip; none where all of it counts."""
+    made = (Keys.mask(turn, survey.outline.media) for turn in clip.each_turn())
+    return [job for job in made if job]
 
 
 def cache_size(survey: Survey) -> dict[str, tuple[int, int]]:
@@ -153,6 +209,8 @@ def cache_size(survey: Survey) -> dict[str, tuple[int, int]]:
         for kind, size in sizes(*bucket).items():
             counts[kind] += 1
             total[kind] += size
+    if masks := masks_of(survey):
+        counts[MASK], total[MASK] = len(masks), sum(job.cells for job in masks.values())
     captions = {"", *(caption for _, clip in survey.clips for caption in clip.media.captions)}
     factor = 1 if survey.outline.count_caption_tokens else TOKENS_A_WORD
     most = survey.outline.max_caption_tokens or 2**30
@@ -163,18 +221,30 @@ def cache_size(survey: Survey) -> dict[str, tuple[int, int]]:
 
 def refusals(survey: Survey) -> list[str]:
     """Why the start would stop, or leave clips unused."""
+    told = stops(survey)
+    bad = sum(item.bad for _, item in survey.skipped)
+    if bad and survey.config.skip_bad_media:
+        told.append(f"the start will go on without {show.counted(bad, 'file')} that cannot be read")
+    if survey.plan is not None and survey.steps:
+        told += never_used(survey.config, survey.plan, survey.config.epochs)
+    return told
+
+
+def stops(survey: Survey) -> list[str]:
+    """Why the start would stop."""
     told = []
-    if bad := sum(item.bad for _, item in survey.skipped):
-        end = "go on without" if survey.config.skip_bad_media else "stop at"
-        told.append(f"the start will {end} {show.counted(bad, 'file')} that cannot be read")
+    bad = sum(item.bad for _, item in survey.skipped)
+    if bad and not survey.config.skip_bad_media:
+        told.append(f"the start will stop at {show.counted(bad, 'file')} that cannot be read")
+    if shared := len({finding.path for finding in survey.findings if finding.kind == TRAIN_AND_EVAL}):
+        told.append(f"the start will stop at {show.counted(shared, 'file')} in both training and eval data")
+    for name in list(survey.datasets())[1:]:
+        if not any(of == name for of, _ in survey.clips):
+            told.append(f"the start will stop: nothing is left in {name} to evaluate")
     if survey.plan is None:
         folders = ", ".join(str(folder.path) for folder in survey.loaded.dataset.directory)
         found = "is left to train on" if survey.skipped else "to train on: there are no media files"
         told.append(f"nothing {found} in {folders}")
     elif not survey.steps:
-        mend = "lower gradient_accumulation_steps or micro_batch_size_per_gpu, or raise epochs"
-        told.append(f"no bucket fills a single batch in this run; {mend}")
-    else:
-        unused = survey.plan.never_used(survey.config.epochs)
-        told += [f"bucket {bucket} does not fill one batch in this run, its clips are never used" for bucket in unused]
+        told.append(f"no bucket fills a single batch in this run; {smaller_batches(survey.config)}")
     return told

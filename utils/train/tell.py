@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,14 +12,17 @@ from models.adapters import TITLES
 from models.base import ModelFamily
 from utils import dist
 from utils.config.schema import RunConfig
+from utils.data.listing import by_reason
+from utils.data.manifest import Group
 from utils.data.plan import EpochPlan
 from utils.monitor import console as show
 from utils.train.experts import Experts
 from utils.train.loop import Run
+from utils.train.order import never_used, over_budget
 from utils.train.prepare import Prepared, skipped
 
 # kind of encoder -> what one of its cache entries is to people
-NOUNS = {"latents": "clip", "condition": "condition", "image": "image state", "text": "caption"}
+NOUNS = {"mask": "mask", "latents": "clip", "condition": "condition", "image": "image state", "text": "caption"}
 
 
 def waiting(console: Console) -> None:
@@ -59,12 +62,24 @@ def cache(console: Console, prepared: Prepared, run_dir: Path | None) -> None:
         show.show(console, f"{show.counted(prepared.report.damaged, 'cache file')} damaged, made anew")
     for notice in (notice for manifest in prepared.manifests.values() for notice in manifest.notices):
         show.show(console, f"note: {notice}")
-    left_out = [(item.path.name, item.reason) for _, item in skipped(prepared.manifests)]
-    if left_out:
-        show.show(console, show.skipped_table(left_out, full_list=str((run_dir or Path()) / "skipped.jsonl")))
+    if left_out := skipped(prepared.manifests):
+        rows, full_list = by_reason(item for _, item in left_out), str((run_dir or Path()) / "skipped.jsonl")
+        show.show(console, show.skipped_table(rows, full_list=full_list, files=len(left_out)))
 
 
-def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequence[int]]) -> None:
+def sets(console: Console, groups: Iterable[Group]) -> None:
+    """What directories of the training data are used for, and how much, where that is out of the ordinary."""
+    for group in groups:
+        told = []
+        if group.is_regularization:
+            told.append("a regularization set: on its clips the adapter is held to what the model predicts without it")
+        if group.weight != 1:
+            told.append(f"its clips count {group.weight:g} times in the loss")
+        if told:
+            show.show(console, f"note: {group.path}: {'; '.join(told)}")
+
+
+def plan(console: Console, config: RunConfig, family: ModelFamily, run: Run, ranks: Sequence[Sequence[int]]) -> None:
     """Stages, buckets and the arithmetic of an epoch."""
     show.show(console, show.stage_table(stage_rows(run.experts, ranks)))
     if len(shares := family.expert_shares()) > 1:
@@ -76,8 +91,12 @@ def plan(console: Console, family: ModelFamily, run: Run, ranks: Sequence[Sequen
     total, left = run.settings.total_steps, max(run.settings.total_steps - run.state.step, 0)
     to_go = f", {left} to go" if left else f", {run.state.step} done: raise epochs or max_steps to train on"
     show.show(console, f"{show.counted(total, 'step')} in all" + (to_go if left != total else ""))
-    for bucket in run.plan.never_used(run.plan.epoch_of(max(total - run.state.data_start - 1, 0))):
-        show.show(console, f"warning: bucket {bucket} does not fill one batch in this run, its clips are never used")
+    epochs = run.plan.epoch_of(max(total - run.state.data_start - 1, 0))
+    held_out = [entry.bucket for eval_set in run.eval_sets for entry in eval_set.dataset.entries]
+    for note in over_budget(config, run.plan, family.tokens, held_out):
+        show.show(console, f"note: {note}")
+    for warning in never_used(config, run.plan, epochs):
+        show.show(console, f"warning: {warning}")
 
 
 def epoch(console: Console, plan: EpochPlan, tokens: Callable[[int, int, int], int]) -> None:
@@ -105,6 +124,7 @@ def epoch_rows(
             row.steps_first_epoch,
             row.left_over,
             tokens(*row.bucket),
+            row.batch.micro_batch,
         )
         for row in counts
     ]

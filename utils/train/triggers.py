@@ -1,29 +1,32 @@
-"""When to act: every n steps, epochs, examples or minutes, and on signal files, SIGTERM and Ctrl-C.
+"""When to act: every n steps, epochs, examples or minutes, and on signal files.
 
 Nothing here talks to other ranks. Counts are the same on every rank, so each may decide by itself. Minutes, files and
-signals are seen by one rank only: rank 0 makes a `Decision` once a step, the loop broadcasts it as an int, and all
-ranks act in the same step.
+signals are seen by one rank only: each makes a `Decision` once a step, the loop joins them all as ints, and all ranks
+act in the same step.
 """
 
 import enum
 import logging
-import signal
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
 
 class Decision(enum.IntFlag):
-    """What all ranks do after this step. An int, so that it can be broadcast: `Decision(int(decision))`."""
+    """What all ranks do after this step, and why. An int, so that ranks can join theirs: `Decision(int(decision))`."""
 
     NONE = 0
     SAVE = 1  # write the model or adapter for use elsewhere
     CHECKPOINT = 2  # write the training state
     QUIT = 4  # leave the loop after the above
+
+    TERMINATED = 8  # by SIGTERM
+    INTERRUPTED = 16  # by Ctrl-C
+    WARNED = 32  # by SIGUSR1, as schedulers do before they kill
+    ORPHANED = 64  # the launcher has ended
+    TIME_UP = 128  # max_runtime_minutes
 
 
 class Counts(Protocol):
@@ -99,49 +102,3 @@ class SignalFiles:
                 # it would be found again at every step; saying so is all that can be done
                 logger.warning("cannot delete the signal file %s (%s); please delete it", path, error)
         return decision
-
-
-# The scheduler's or the launcher's grace period may be short (DeepSpeed's launcher kills after 30 s), so a signal asks
-# for the checkpoint only: it holds all that an export needs.
-ON_SIGNAL = Decision.CHECKPOINT | Decision.QUIT
-
-
-@dataclass(slots=True)
-class StopSignals:
-    """SIGTERM and Ctrl-C as a flag, read between steps. A second Ctrl-C raises KeyboardInterrupt at once.
-
-    Use as a context manager around the loop, in the main thread. Rank 0's flag is the one that counts: DeepSpeed's
-    launcher signals rank 0 first and the others only after it has gone.
-    """
-
-    received: str | None = None  # name of the first signal
-    _interrupts: int = 0
-    _previous: dict[int, Any] = field(default_factory=dict)
-
-    def poll(self) -> Decision:
-        """`ON_SIGNAL` once a signal has come."""
-        return ON_SIGNAL if self.received else Decision.NONE
-
-    def __enter__(self) -> "StopSignals":
-        handlers: dict[int, Callable[[int, FrameType | None], None]] = {
-            signal.SIGTERM: self._on_terminate,
-            signal.SIGINT: self._on_interrupt,
-        }
-        for number, handler in handlers.items():
-            self._previous[number] = signal.signal(number, handler)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._previous:
-            number, previous = self._previous.popitem()
-            signal.signal(number, previous)
-
-    # Handlers only set a flag: logging from one can deadlock on a lock that the interrupted code holds.
-    def _on_terminate(self, number: int, _frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number).name
-
-    def _on_interrupt(self, number: int, _frame: FrameType | None) -> None:
-        self._interrupts += 1
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number).name

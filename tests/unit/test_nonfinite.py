@@ -1,0 +1,138 @@
+"""Which tensor explains the others, how it is told, and files for --replay that are none."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.base import MicroBatch
+from utils.train.kept import FORMAT, read_kept
+from utils.train.nonfinite import (
+    DATA,
+    FROZEN,
+    GRADIENT,
+    LOSS,
+    WEIGHT,
+    Incident,
+    NonFiniteError,
+    Origin,
+    Sample,
+    bad_weight,
+    batch_origins,
+    not_finite,
+    refuse_bad_weights,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_bad_value_is_found_in_any_dtype(dtype, value):
+    if dtype == torch.float8_e4m3fn and math.isinf(value):
+        return  # it has no infinity
+    good, bad = torch.ones(3, 4).to(dtype), torch.ones(3, 4)
+    bad[1, 2] = value
+    tensors = {"a": good, "b": bad.to(dtype), "c": torch.zeros(0), "d": torch.arange(3), "e": good}
+    assert not_finite(tensors) == ["b"]
+
+
+def test_large_values_are_finite():
+    assert not_finite({"a": torch.full((100,), 3e38), "b": torch.full((9,), -6e4, dtype=torch.float16)}) == []
+    assert not_finite({}) == []
+
+
+def incident(*origins: Origin, loss: float = math.nan) -> Incident:
+    samples = [Sample(f"clip{i}.mp4", 0.5) for i in range(10)]
+    return Incident(7, loss, math.nan, 1e-4, samples, origins)
+
+
+def test_what_explains_the_others_is_told_first():
+    ends = [Origin(GRADIENT, stage, 0, f"the gradient of {stage}") for stage in range(3)]
+    assert incident(*ends).first is ends[2], "the backward pass came from there"
+    loss = Origin(LOSS, 2, 1, "the loss of micro-batch 0")
+    data = [Origin(DATA, stage, 1, "input 0 of clip3.mp4") for stage in (2, 0)]
+    weight, frozen = Origin(WEIGHT, 1, 0, "the trained weight x"), Origin(FROZEN, 2, 0, "the frozen weight y")
+    assert incident(*ends, loss).first is loss
+    assert incident(*ends, loss, *data).first is data[1]
+    assert not incident(*ends, loss, *data).is_hopeless
+    assert incident(*ends, loss, *data, weight).first is weight
+    assert incident(loss, weight, frozen).first is frozen
+    assert incident(loss, weight).is_hopeless
+    assert incident(loss, frozen).is_hopeless
+
+
+def test_the_message_names_step_stage_tensor_samples_timesteps_and_rate():
+    said = incident(Origin(GRADIENT, 1, 0, "the gradient of blocks.3.up.weight"), loss=0.25).words()
+    for part in (
+        "the gradient of step 7 is not finite (loss 0.25, gradient norm nan, learning rate 0.0001)",
+        "no weight was changed",
+        "the gradient of blocks.3.up.weight (stage 1, data rank 0)",
+        "clip0.mp4 (t = 0.5), ",
+        "clip7.mp4 (t = 0.5) and 2 more",
+    ):
+        assert part in said
+    assert "the loss of step 7" in incident().words()
+    assert "none: the norm is beyond what float32 can hold" in incident(loss=1.0).words()
+
+
+def test_data_is_named_by_its_sample():
+    inputs, target = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    batch = MicroBatch((inputs, torch.arange(2)), (target,), torch.ones(2))
+    names = [["a.mp4", "b.mp4"]]
+    assert batch_origins([batch], names, True) == batch_origins([batch], names, False) == []
+    inputs[1, 2, 0], target[0, 1] = math.inf, math.nan
+    assert batch_origins([batch], names, True) == ["input 0 of b.mp4"]
+    assert batch_origins([batch], names, False) == ["target 0 of a.mp4"]
+
+
+def test_a_trained_weight_that_is_not_finite_is_not_written():
+    trained = {"": {"a": torch.ones(2), "b": torch.tensor([1.0, math.nan])}}
+    assert bad_weight({"": {"a": torch.ones(2)}}, 0) is None
+    refuse_bad_weights(None, "the end")
+    with pytest.raises(NonFiniteError, match=r"the trained weight b \(stage 3\) is not finite; go on from an earlier"):
+        refuse_bad_weights(bad_weight(trained, 3), "the end")
+
+
+def kept(folder, **changed):
+    sample = {"name": "a.mp4", "t": 0.5, "entry": 0, "turn": 0, "held": True}
+    facts = {"format": FORMAT, "model": "toy", "expert": "", "step": 3, "micro_batches": {"1": [[sample]]}, **changed}
+    (folder / "step_3.json").write_text(json.dumps(facts))
+    save_file({"0.input.0": torch.ones(1, 2), "0.target.0": torch.ones(1), "0.weights.0": torch.ones(1)},
+              folder / "step_3_data_01.safetensors")  # fmt: skip
+    return folder / "step_3.json"
+
+
+def test_a_kept_step_reads_back(tmp_path):
+    step = read_kept(kept(tmp_path))
+    (batch,) = step.batches
+    assert (step.step, batch.data_rank, batch.index, batch.held) == (3, 1, 0, [0])
+    assert batch.samples == [Sample("a.mp4", 0.5)]
+    assert batch.read().inputs[0].equal(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"format": 9}, {"micro_batches": 3}, {"micro_batches": {"1": [[{"name": "a"}]]}}, {"micro_batches": {"x": [[]]}}],
+)
+def test_another_file_is_refused_with_what_to_name(tmp_path, changed):
+    with pytest.raises(
+        ValueError, match=r"^--replay .*step_3\.json: is no batch that this version kept .*; name a step_N"
+    ):
+        read_kept(kept(tmp_path, **changed))
+
+
+def test_a_file_that_is_absent_cut_short_or_no_json_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^--replay .*cannot be read \(No such file"):
+        read_kept(tmp_path / "step_1.json")
+    path = kept(tmp_path)
+    data = tmp_path / "step_3_data_01.safetensors"
+    data.write_bytes(data.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"step_3_data_01\.safetensors: cannot be read"):
+        read_kept(path).batches[0].read()
+    save_file({"1.input.0": torch.ones(1)}, data)
+    with pytest.raises(ValueError, match="micro-batch 0 is not in it"):
+        read_kept(path).batches[0].read()
+    path.write_bytes(b"\x93\xff\x00")
+    with pytest.raises(ValueError, match="is no batch that this version kept"):
+        read_kept(path)

@@ -1,0 +1,133 @@
+"""`--preflight`: steps of the real model on made-up samples of the largest bucket, for their memory and time."""
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from models.base import Draw, MicroBatch
+from utils import dist
+from utils.data.buckets import bucket_table
+from utils.data.records import Bucket
+from utils.monitor import console as show
+from utils.monitor.logs import captured_output
+from utils.train.activity import LONG
+from utils.train.experts import build_experts
+from utils.train.memory import is_out_of_memory, out_of_memory_words
+from utils.train.preflight import Check, preflight
+from utils.train.setup import Job, engine_settings
+
+STEPS = 2  # the first one warms up, the last one is timed
+
+
+class Rehearsed(NamedTuple):
+    """What the steps took."""
+
+    bucket: Bucket
+    micro_batch: int
+    seconds: float  # of the last step
+    peak_bytes: dict[int, int]  # by stage, the largest of its ranks
+
+
+def rehearse(job: Job) -> int:
+    """All checks, told as a table; then, where all is well, steps. Every rank calls this. Returns the exit status."""
+    checks = preflight(job)
+    fine = not any(check.wrong for check in checks)
+    rehearsed: Rehearsed | None = None
+    if fine:
+        check, rehearsed = _stepped(job)
+        checks = [*checks, check]
+    if dist.is_main():
+        for check in checks:
+            show.show(job.console, f"{'FAILED' if check.wrong else 'ok':<8}{check.name}")
+            for message in check.wrong:
+                show.show(job.console, f"        {message}")
+        if rehearsed:
+            show.show(job.console, told(rehearsed))
+    dist.barrier()
+    return int(any(check.wrong for check in checks))
+
+
+def told(rehearsed: Rehearsed) -> str:
+    """`a step of 2 clips of 832x480x81 took 12.3 s; peak memory: stage 0 31.2 GB, stage 1 29.0 GB`."""
+    peaks = [f"stage {stage} {show.short_bytes(peak)}" for stage, peak in sorted(rehearsed.peak_bytes.items())]
+    clips = show.counted(rehearsed.micro_batch, "clip")
+    what = f"a step with micro-batches of {clips} of {rehearsed.bucket}"
+    return f"{what} takes {rehearsed.seconds:.2f} s here; peak memory: {', '.join(peaks)}"
+
+
+def largest_bucket(job: Job) -> Bucket:
+    """The bucket whose micro-batch has the most tokens, of all that the training set may fill: no file is looked at."""
+    spec, config, family = job.family.media_spec(), job.config, job.family
+    buckets: list[Bucket] = []
+    for folder in job.loaded.dataset.directory:
+        whole = (folder.video_clip_mode or config.video_clip_mode) == "full"
+        table = bucket_table(folder, spec, any_length=whole)
+        longest = (folder.max_frames - 1) // spec.frame_stride * spec.frame_stride + 1
+        frames = [*table.frames, longest] if whole else table.frames
+        sizes = [size for _, of_ratio in table.areas for size in of_ratio]
+        buckets += [*table.fixed, *(Bucket(*size, count) for size in sizes for count in frames)]
+
+    def tokens(bucket: Bucket) -> int:
+        of_one = family.tokens(*bucket)
+        return of_one * config.micro_batch_size(*bucket, of_one)
+
+    return max(buckets, key=tokens)
+
+
+def _stepped(job: Job) -> tuple[Check, Rehearsed | None]:
+    name = "a step at the largest bucket"
+    bucket = largest_bucket(job)
+    sample = job.family.blank_sample(*bucket)
+    if sample is None:
+        return Check(f"{name}: left out, {job.family.title} knows no shapes of samples without clips", ()), None
+    try:
+        return Check(name, ()), _steps(job, bucket, sample)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # the others wait for this rank in the middle of a step: the launcher has to end them
+        raise ValueError(f"{name}, {bucket}: {out_of_memory_words(error, job.activity, job.loaded)}") from error
+
+
+def _steps(job: Job, bucket: Bucket, sample: dict[str, torch.Tensor]) -> Rehearsed:
+    config, device = job.config, dist.device()
+    size = config.micro_batch_size(*bucket, job.family.tokens(*bucket))
+    job.activity.begin("building the model", patience=LONG)
+    with captured_output(job.log_file):
+        experts = build_experts(job.family, engine_settings(config), device)
+    expert = experts.at(0)
+    engine = expert.built.engine
+    job.activity.stage, engine.activity = engine.stage_id, job.activity
+    job.activity.begin("a step on made-up samples", patience=LONG)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    draws = [Draw((place + 0.5) / size, place) for place in range(size)]
+    seconds = 0.0
+    for _ in range(STEPS):
+        dist.barrier()
+        started = time.monotonic()
+        reads = engine.is_first_stage() or engine.is_last_stage()
+        batch = expert.family.micro_batch([sample] * size, draws) if reads else None
+        engine.train_step(_repeated(batch, config.gradient_accumulation_steps) if batch else None)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - started
+    peaks: dict[int, int] = {}
+    for stage, peak in (json.loads(text) for text in dist.gather_text(json.dumps([engine.stage_id, _peak(device)]))):
+        peaks[stage] = max(peak, peaks.get(stage, 0))
+    return Rehearsed(bucket, size, seconds, peaks)
+
+
+def _repeated(batch: MicroBatch, count: int) -> Iterator[MicroBatch]:
+    return iter([batch._replace(weights=torch.ones(len(batch.target[0])))] * count)
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes: of the device's allocator; on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
