@@ -37,6 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.html and not flags.plan:
         parser.error("--html goes with --plan")
+    instead = ("plan", "preflight", "cache_only", "replay")  # of training
+    if len(modes := [f"--{mode}" for mode in instead if getattr(flags, mode)]) > 1:
+        parser.error(f"{' and '.join(modes)} do different things; give one of them")
     return flags
 
 
@@ -71,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.preflight:
             outcome.status = rehearse(job)
             return outcome.status
-        require(preflight(job))
         with before_training(job.config.max_runtime_minutes):
+            require(preflight(job))
             data = prepare_data(job)
             run = None if flags.cache_only else build_run(job, data)
         if run is not None:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 SIZES = {"dim": 512, "layers": 4, "ffn_dim": 2048, "heads": 4}
 LATENTS = (16, 2, 20, 24)  # C, T, H, W: 240 tokens
-MICRO_BATCHES, STEPS = 2, 4  # steps that are timed without a save, before each save
+MICRO_BATCHES, STEPS = 1, 2  # steps that are timed without a save, before each save
 
 
 class Row(NamedTuple):

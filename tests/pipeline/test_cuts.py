@@ -84,7 +84,22 @@ def starts(folder: Path, _: None) -> dict:
         output = folder / f"story_{number}"
         ends = [start(folder, output, fault) for fault in [*faults, None]]
         told["stories"][name] = {"run": str(newest(output)), "ends": ends}
+    told["full"] = no_room(folder, whole)
     return told
+
+
+def no_room(folder: Path, whole: Path) -> dict:
+    """Goes on from step 2 where no checkpoint can be written, is asked to stop; then where one can."""
+    copy = folder / "full" / whole.name
+    shutil.copytree(whole, copy)
+    for later in range(3, STEPS + 1):
+        shutil.rmtree(copy / f"global_step{later}")
+    obstacle = copy / "tmp-global_step0"
+    obstacle.touch()  # no folder: the clearing up before a save fails
+    ends = [start(folder, copy.parent, ("terminate", MICRO_BATCHES, False))]
+    console = (folder / "logs" / "full" / "rank_0.log").read_text()
+    obstacle.unlink()
+    return {"run": str(copy), "console": console, "ends": [*ends, start(folder, copy.parent)]}
 
 
 def newest(output: Path) -> Path:
@@ -164,4 +179,14 @@ def test_after_an_end_in_the_middle(told, story):
     for (what, *_), ended in zip(STORIES[story], case["ends"], strict=False):
         assert ended == ([1, -9] if what == "die" else [0, 0])
     assert case["ends"][-1] == [0, 0]
+    check(Path(told["whole"]), Path(case["run"]))
+
+
+def test_a_run_that_stops_without_its_checkpoint_says_so_and_fails(told):
+    """And before that the one beside training only warns; no complete one is harmed."""
+    case = told["full"]
+    assert case["ends"] == [[1, 1], [0, 0]]
+    assert "checkpoint at step 3 not written: " in case["console"]
+    assert "keeping the previous one, training goes on" in case["console"]
+    assert "the run stops after step 4 without a checkpoint of it, see above; the newest is " in case["console"]
     check(Path(told["whole"]), Path(case["run"]))

@@ -37,6 +37,7 @@ type = 'toy_experts'
 [adapter]
 type = 'lora'
 rank = 2
+dropout = 0.2
 [optimizer]
 type = 'adamw_optimi'
 lr = 1e-2

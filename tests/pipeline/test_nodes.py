@@ -123,7 +123,7 @@ def test_two_nodes_train_and_resume(folder):
     assert "2 pipeline stages x 2 data ranks" in first[0][1]
     (run,) = (path for path in (folder / "runs").iterdir() if path.name != "cache")
     assert {path.name for path in (run / "logs").iterdir()} == {f"rank_{rank}.log" for rank in range(4)}
-    assert (run / "step2" / "adapter_model.safetensors").is_file() and (run / "latest").read_text() == "global_step2\n"
+    assert (run / "epoch1" / "adapter_model.safetensors").is_file() and (run / "latest").read_text() == "global_step2\n"
     assert not list((folder / "runs").glob(".shared-*")), "what was written to see who shares the folder is gone"
     second = start_nodes(folder, "--set", "max_steps=3", "--resume_from_checkpoint")
     assert [status for status, _ in second] == [0, 0], second

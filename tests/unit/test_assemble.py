@@ -75,6 +75,18 @@ def test_other_timesteps_and_another_loss_are_told(tmp_path, caplog, reset_datal
     ]
 
 
+def test_another_learning_rate_is_told(tmp_path, caplog):
+    """It is taken from the config, as are the rest of the optimizer's settings."""
+    now = config_of(
+        RUN.replace("[model]", "gradient_clipping = 0.5\nwarmup_steps = 7\n[model]").replace("1e-4", "5e-5"), 8
+    )
+    assert resumed(tmp_path, caplog, config_of(RUN, 8), now, False) == [
+        "changed since the checkpoint: optimizer.lr 0.0001 -> 5e-05",
+        "changed since the checkpoint: warmup_steps 0 -> 7",
+        "changed since the checkpoint: gradient_clipping 1.0 -> 0.5",
+    ]
+
+
 def test_a_model_that_has_moved_and_one_that_older_versions_did_not_note_are_unchanged(tmp_path, caplog):
     Path("elsewhere").mkdir()
     moved = config_of(RUN.replace("'weights'", "'elsewhere'\ntransformer_path = 'elsewhere'"), 8)
@@ -100,8 +112,8 @@ def test_what_clips_count_may_change_and_is_told(tmp_path, caplog):
     before, now = assemble.data_course(data(1.5, 1.5)), assemble.data_course(data(2.0, 2.0, held=True))
     config = config_of(RUN, 8)
     assert resumed(tmp_path, caplog, config, config, False, ({"order": "x"} | before, {"order": "x"} | now)) == [
-        "changed since the checkpoint: weight ['1', '1.5'] -> ['1', '2']",
-        "changed since the checkpoint: regularization sets [] -> ['directory[1]']",
+        "changed since the checkpoint: weight [1, 1.5] -> [1, 2]",
+        "changed since the checkpoint: regularization sets [] -> [directory[1]]",
     ]
     orders = {"order": "x", "seed": 1} | before, {"order": "y", "seed": 2} | now
     with pytest.raises(checkpoint.CheckpointError, match=r": seed 1 -> 2 changed, and with it the order"):

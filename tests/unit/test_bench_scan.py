@@ -10,7 +10,7 @@ def test_a_second_start_goes_through_all_stages(tmp_path, capsys):
     for role in scan.ROLES:
         scan.play(role, tmp_path, "whole", None)
         rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert rows[-1][0] == "first micro-batch" and all(seconds >= 0 and peak > 0 for _, seconds, peak in rows)
+        assert rows[-1][0] == "first micro-batch" and all(seconds >= 0 and peak > 0 for _, seconds, _, peak in rows)
     scan.tell("title", {"whole": [rows], "half": [rows]}, 30)
     assert "per 100k" in capsys.readouterr().out
 

@@ -123,6 +123,13 @@ def test_a_folder_that_is_no_cache_is_not_called_whole(place, capfd, words):
     assert "holds no cache; name the cache_dir of a run" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("days", ["-1", "nan", "inf", "x"])
+def test_days_that_would_keep_nothing_or_mean_nothing_are_refused(filled, capfd, days):
+    with pytest.raises(SystemExit):
+        filled.tool("gc", "--days", days, "--delete")
+    assert "--days" in capfd.readouterr().err and len(filled.keys()) == 7
+
+
 def test_a_cache_that_only_a_plan_has_begun_is_one(place, capfd):
     place.cache.mkdir(parents=True)
     (place.cache / "probes.jsonl").write_text("")

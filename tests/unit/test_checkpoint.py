@@ -116,9 +116,10 @@ def test_a_dora_does_not_go_on_as_a_lora(tmp_path):
 
 def test_changes_are_told_and_nothing_else():
     """Over JSON, which has no tuples; what an older version did not write is not known to have changed."""
-    saved = json.loads(json.dumps({"alpha": 8.0, "batch": ((512, 4), (1024, 1)), "fuse_adapters": [["a", 1.0, ""]]}))
-    now = {"alpha": 4.0, "batch": ((512, 4), (1024, 1)), "fuse_adapters": [], "new": 1}
-    told = ["alpha 8.0 -> 4.0", "fuse_adapters [['a', 1.0, '']] -> []"]
+    saved = {"alpha": 8.0, "batch": ((512, 4), (1024, 1)), "fuse_adapters": [["a", 1.0, ""]], "weight": ["1", "0.5"]}
+    saved = json.loads(json.dumps(saved))
+    now = {"alpha": 4.0, "batch": ((512, 4), (1024, 1)), "fuse_adapters": [], "new": 1, "weight": ["1", "3"]}
+    told = ["alpha 8.0 -> 4.0", "fuse_adapters [['a', 1.0, '']] -> []", "weight [1, 0.5] -> [1, 3]"]
     assert checkpoint.course_changes(saved, now) == told
 
 

@@ -177,6 +177,13 @@ def test_weights(folder):
     assert "true" in str(look(jsonl(folder, {"path": "a.mp4", "caption": "x", "weight": True}))[1][0]).lower()
 
 
+def test_a_json_file_under_the_name_of_json_lines(folder):
+    path = folder / "clips.jsonl"
+    path.write_text(json.dumps([{"path": "a.mp4", "caption": "x"}], indent=1))
+    with pytest.raises(ValueError, match=r"clips\.jsonl: is one JSON list; write each of its objects on a line"):
+        look(path)
+
+
 def test_columns_without_effect_are_named(folder):
     path = jsonl(folder, {"path": "a.mp4", "caption": "x", "id": 1}, {"path": "b.mp4", "caption": "x", "captoin": ""})
     assert scan_notices(path).notices == [f"{path}: columns without effect: captoin, id"]

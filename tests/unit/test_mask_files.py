@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers.media import write_image, write_video
 from tests.unit.test_precache import Settings
@@ -151,8 +152,19 @@ def test_a_video_with_transparency_is_no_mask(folder, tmp_path):
         for _ in range(12):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 4), 255, np.uint8), "rgba")))
         container.mux(stream.encode(None))
+    frames = [Image.new("RGBA", (64, 48), (255, 255, 255, 16 * i)) for i in range(12)]
+    animated = tmp_path / "masks" / "c.webp"
+    frames[0].save(animated, save_all=True, append_images=frames[1:], duration=62)
+    plain = [frame.convert("RGB") for frame in frames]
+    (tmp_path / "masks" / "b.mkv").unlink()
+    plain[0].save(
+        tmp_path / "masks" / "b.webp", save_all=True, append_images=plain[1:], duration=[62 + i for i in range(12)]
+    )
     told = reasons(scan(folder, mask_path=tmp_path / "masks"))
-    assert told == {"a.mp4": f"its mask {matte} is a video with transparency; save it in black and white alone"}
+    assert told == {
+        name: f"its mask {mask} is a video with transparency; save it in black and white alone"
+        for name, mask in {"a.mp4": matte, "c.mp4": animated}.items()
+    }
 
 
 def test_a_folder_that_cannot_hold_masks(folder, tmp_path):

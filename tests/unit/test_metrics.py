@@ -18,6 +18,7 @@ from utils.monitor.metrics import (
     WandbSink,
     eval_tag,
     read_metrics,
+    tags_at,
     without_secrets,
 )
 
@@ -43,6 +44,19 @@ def test_every_place_holds_the_same(tmp_path):
     write(tmp_path, range(1, 4))
     assert [(r["step"], r[LOSS]) for r in read_metrics(tmp_path / METRICS_FILE)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert tensorboard(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_what_was_logged_at_the_last_step(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step, tag in ((2, "held_out/loss"), (3, LOSS), (3, "again/loss")):
+        writer.log(at(step), {tag: 1.0})
+    writer.close()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 4, "tor')
+    found = tags_at(tmp_path / METRICS_FILE, 3)
+    assert {LOSS, "again/loss"} <= found
+    assert "held_out/loss" not in found
+    assert not tags_at(tmp_path / METRICS_FILE, 7)
 
 
 def test_a_line_stands_alone_and_says_when(tmp_path):

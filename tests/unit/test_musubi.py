@@ -324,7 +324,7 @@ def test_later_checks_name_the_file_s_own_key_and_line():
         (video("target_frame = [9]"), "4: unknown key 'datasets[0].target_frame' = [9]; did you mean 'target_frames'?"),
         (
             video("flip = true"),
-            "4: unknown key 'datasets[0].flip' = true; it belongs in a dataset TOML of this trainer, with a [[directory]] ",
+            "4: unknown key 'datasets[0].flip' = true; it belongs in a dataset TOML of this trainer, with a [[d",
         ),
         (video("source_fps = 0.0"), "4: datasets[0].source_fps = 0.0 is too small; use 1 or more"),
         (video("source_fps = 100000.0"), "4: datasets[0].source_fps = 100000.0 is too large; use 1000 or less"),
@@ -338,7 +338,10 @@ def test_later_checks_name_the_file_s_own_key_and_line():
         (image("flux_kontext_no_resize_control = true"), "4: datasets[0].flux_kontext_no_resize_control = true is "),
         (image("target_frames = [9]"), "4: datasets[0].target_frames is for videos, and this has image_directory; re"),
         ("[general]\n[[datasets]]\nresolution = 512\n", "2: [datasets[0]] has no folder; add a video_directory or an "),
-        ("[general]\nresolution = 512\n", " datasets is missing; add it (One or more folders, each begun with [[datasets]])"),
+        (
+            "[general]\nresolution = 512\n",
+            " datasets is missing; add it (One or more folders, each begun with [[datasets]])",
+        ),
         (
             "[datasets]\nvideo_directory = 'a'\n",
             "1: [datasets] holds no list of folders; begin each with [[datasets]], ",

@@ -261,6 +261,8 @@ def test_a_page_says_what_it_has_no_room_for(folder, monkeypatch):
 def test_html_goes_with_plan(capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--config", "run.toml", "--html", "page.html"])
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--config", "run.toml", "--plan", "--cache_only"])
     assert "--html goes with --plan" in capsys.readouterr().err
 
 

@@ -60,3 +60,5 @@ def test_the_command_to_go_on_is_the_one_that_started():
     command = tell.start_command(4, words)
     assert shlex.split(command) == ["deepspeed", "--num_gpus=4", "train.py", "--deepspeed", *words[:-1]]
     assert """--set "dataset='/a b/c.toml'" """ in command, "as a person would write it"
+    several = tell.start_command(4, words, nodes=2)
+    assert "on 2 nodes" in several and "deepspeed --num_gpus" not in several

@@ -179,30 +179,36 @@ class TestFamily:
     @pytest.mark.parametrize(
         ("name", "title", "spec", "kinds", "tokens"),
         [
-            ("wan_t2v", "Wan2.1 T2V custom size", (16, 16, 4, True), ["latents", "text"], 32760),
+            ("wan_t2v", "Wan2.1 T2V custom size", (16, 16, 4, True, 8), ["latents", "text"], 32760),
             (
                 "wan_i2v",
                 "Wan2.1 I2V custom size",
-                (16, 16, 4, False),
+                (16, 16, 4, False, 8),
                 ["latents", "condition", "image", "text"],
                 32760,
             ),
             (
                 "wan_flf2v",
                 "Wan2.1 FLF2V custom size",
-                (16, 16, 4, False),
+                (16, 16, 4, False, 8),
                 ["latents", "condition", "image", "text"],
                 32760,
             ),
-            ("wan22_t2v_low", "Wan2.2 T2V-A14B low noise custom size", (16, 16, 4, True), ["latents", "text"], 32760),
+            (
+                "wan22_t2v_low",
+                "Wan2.2 T2V-A14B low noise custom size",
+                (16, 16, 4, True, 8),
+                ["latents", "text"],
+                32760,
+            ),
             (
                 "wan22_i2v_low",
                 "Wan2.2 I2V-A14B low noise custom size",
-                (16, 16, 4, False),
+                (16, 16, 4, False, 8),
                 ["latents", "condition", "text"],
                 32760,
             ),
-            ("wan22_ti2v", "Wan2.2 TI2V-5B custom size", (24, 32, 4, True), ["latents", "text"], 8190),
+            ("wan22_ti2v", "Wan2.2 TI2V-5B custom size", (24, 32, 4, True, 16), ["latents", "text"], 8190),
         ],
     )
     def test_facts(self, name, title, spec, kinds, tokens):
@@ -262,7 +268,7 @@ class TestMicroBatch:
     def test_what_is_in_it(self):
         batch = wan_family(shift=3.0).micro_batch(samples(3), [Draw(0.3, 1), Draw(0.5, 2), Draw(0.99, 3)])
         assert isinstance(batch, MicroBatch)
-        (x_t, t, text), (v,) = batch
+        (x_t, t, text), (v,), _ = batch
         assert x_t.shape == v.shape == (3, 16, 3, 4, 6) and text.shape == (3, 512, 32)
         assert {tensor.dtype for tensor in (x_t, t, text, v)} == {torch.float32}
         assert t[1].item() == pytest.approx(0.75)  # the median of a logit-normal, shifted by 3
@@ -299,7 +305,7 @@ class TestMicroBatch:
     def test_stored_dtypes(self):
         """Latents are brought to float32 before noise is mixed in; captions stay as small as they were stored."""
         low = [{name: tensor.bfloat16() for name, tensor in sample.items()} for sample in samples()]
-        (x_t, t, text), (v,) = wan_family().micro_batch(low, [Draw(0.3, 1), Draw(0.8, 2)])
+        (x_t, t, text), (v,), _ = wan_family().micro_batch(low, [Draw(0.3, 1), Draw(0.8, 2)])
         assert x_t.dtype == t.dtype == v.dtype == torch.float32 and text.dtype == torch.bfloat16
 
     def test_settings_of_the_timestep(self):

@@ -51,5 +51,6 @@ def test_masks_named_where_none_can_lie():
         "mask_path",
     ]
     assert said("mask_path = 'clips'") == [
-        "dataset.toml:6: directory[0].mask_path = 'clips' is the folder of the clips; put the masks into one of their own"
+        "dataset.toml:6: directory[0].mask_path = 'clips' is the folder of the clips; put the masks into one of their "
+        "own"
     ]

@@ -119,7 +119,8 @@ def read_toml(path: Path, named_by: str) -> Source:
 
 def _read_text(path: Path, subject: str) -> str:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, and a device may have no end
+        # a pipe would be waited for, and a device may have no end
+        if path.exists() and not (path.is_file() or path.is_dir()):
             raise ConfigError([f"{subject}: is no file; name a TOML file"])
         size = path.stat().st_size
         raw = path.read_bytes() if size <= MAX_BYTES else b""

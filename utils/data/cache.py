@@ -118,7 +118,10 @@ def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     length = int.from_bytes(file.read(8), "little")
     if not 0 < length <= _MAX_HEADER_BYTES:
         raise ValueError("its header is damaged")
-    return 8 + length, json.loads(file.read(length))
+    try:
+        return 8 + length, json.loads(file.read(length))
+    except (ValueError, RecursionError):
+        raise ValueError("its header is damaged") from None
 
 
 def _checksum(content: bytes, start: int) -> str:

@@ -81,10 +81,7 @@ def decode_text(data: bytes) -> str:
 def read_caption_file(path: Path) -> list[Weighted]:
     """The one caption in `path`, none where there is no such file; raises `Unusable`."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a fifo would wait for ever
-            raise Unusable(f"its caption {path.name} is not a regular file", bad=True)
-        with open(path, "rb", buffering=0) as file:
-            return [Weighted(decode_text(file.read()))]
+        return [Weighted(decode_text(_content(path)))]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -92,6 +89,18 @@ def read_caption_file(path: Path) -> list[Weighted]:
     except UnicodeDecodeError as error:
         reason = f"its caption {path.name} is not {error.encoding.upper()} (byte {error.start}); save it as UTF-8"
         raise Unusable(reason, bad=True) from None
+
+
+def _content(path: Path) -> bytes:
+    """By bare calls to the system, since there is one such file for each of the media."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or to open a fifo would wait for ever
+    try:
+        told = os.fstat(descriptor)
+        if not stat.S_ISREG(told.st_mode):
+            raise Unusable(f"its caption {path.name} is not a regular file", bad=True)
+        return os.read(descriptor, told.st_size)
+    finally:
+        os.close(descriptor)
 
 
 def read_captions_json(path: Path) -> dict[str, list[Weighted]] | None:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.data.captions import Unusable
+from utils.data.image import opened
 from utils.data.listing import some
-from utils.data.media import MEDIA_SUFFIXES
+from utils.data.media import IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from utils.data.media_types import Probe
 from utils.data.records import Mask, MediaFile
 
@@ -79,12 +80,19 @@ def fitting_mask(media: MediaFile, path: Path, digest: str, held: Probe) -> Mask
     """
     if held.is_video and not media.is_video:
         raise Unusable(f"its mask {path} is a video, and this is an image", bad=True)
-    if "alpha" in held.special:  # such videos are laid on white, which would train what was left clear
+    if held.is_video and _has_clear_parts(path, held):  # they are laid on white, which would train what was left clear
         raise Unusable(f"its mask {path} is a video with transparency; save it in black and white alone", bad=True)
     if abs(held.width * media.height / (held.height * media.width) - 1) > _MOST_OFF:
         sizes = f"is {held.width}x{held.height}, and the file itself {media.width}x{media.height}"
         raise Unusable(f"its mask {path} {sizes}: make one of the same shape, of any resolution", bad=True)
     return Mask(path, digest, held.is_video, held.frames, held.fps, held.duration)
+
+
+def _has_clear_parts(path: Path, held: Probe) -> bool:
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return "alpha" in held.special
+    with opened(path) as image:  # an animation
+        return image.has_transparency_data
 
 
 def without_mask(count: int, total: int, folder: Path | None) -> str:

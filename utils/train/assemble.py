@@ -39,6 +39,7 @@ from utils.version import VERSION
 logger = logging.getLogger(__name__)
 
 SLOW_DISK_BYTES_PER_S = 100e6
+STEP_KEYS = ("lr_scheduler", "warmup_steps", "force_constant_lr", "gradient_clipping")
 DATA_COURSE = ("clips and captions", "weight", "regularization sets", "loss masks")
 
 
@@ -158,13 +159,15 @@ def is_evaluated(run: Run) -> bool:
 def quiet_course(loaded: LoadedConfig) -> dict[str, Any]:
     """What may change without touching the order of the data, and yet makes other training of it.
 
-    What the trained tensors count by and are added to, or they mean another change of weight; the loss; and all of
-    `[model]` but its paths, since a checkpoint may have moved.
+    What the trained tensors count by and are added to, or they mean another change of weight; the loss; how large steps
+    are; and all of `[model]` but its paths, since a checkpoint may have moved.
     """
     config, model = loaded.run, loaded.model
     fused = [[str(entry.path), entry.weight, entry.expert] for entry in config.fused]
     paths = {key for key in type(model).model_fields if isinstance(getattr(model, key), Path)}
     settings = {f"model.{key}": value for key, value in model.model_dump(mode="json", exclude=paths).items()}
+    settings |= {f"optimizer.{key}": value for key, value in config.optimizer.model_dump(mode="json").items()}
+    settings |= {key: getattr(config, key) for key in STEP_KEYS}
     alpha = config.adapter and config.adapter.alpha
     return {"alpha": alpha, "fuse_adapters": fused, "pseudo_huber_c": config.pseudo_huber_c, **settings}
 

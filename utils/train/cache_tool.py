@@ -1,6 +1,7 @@
 """`python -m utils.train.cache_tool stats|verify|gc CACHE_DIR`: what a cache holds, if it is whole, what may go."""
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -50,9 +51,15 @@ def parser() -> argparse.ArgumentParser:
     gc.add_argument(
         "--config", type=Path, nargs="+", default=[], metavar="TOML", help="keep what these runs need; all that you use"
     )
-    gc.add_argument("--days", type=float, metavar="N", help="keep what a start has used or made in the last N days")
+    gc.add_argument("--days", type=_days, metavar="N", help="keep what a start has used or made in the last N days")
     gc.add_argument("--delete", action="store_true", help="delete what is listed")
     return whole
+
+
+def _days(text: str) -> float:
+    if not 0 <= (days := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time; give a number of 0 or more")
+    return days
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ SAVED_NAME = re.compile(r"(epoch|step)\d+")
 STAGED, DOOMED = "tmp-", "tmp-old-"  # before the name of a checkpoint that is being written, or deleted
 MANIFEST, STATE, POINTER = "manifest.json", "state.json", "latest"
 START_FROM_WEIGHTS = "to start anew from them, set [adapter] init_from_existing (a LoRA) or [model] transformer_path"
+NONE_YET = "found: none; start without --resume_from_checkpoint, and what is encoded is found in the cache"
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ def explain(run_dir: Path, wanted: str = "complete checkpoint") -> str:
         if NAME.fullmatch(name)
     ]
     weights = f"; {', '.join(saved)} hold weights only: {START_FROM_WEIGHTS}" if saved else ""
-    return f"no {wanted} in {run_dir}; found: {', '.join(found) or 'none'}{weights}"
+    told = f"found: {', '.join(found)}" if found else NONE_YET
+    return f"no {wanted} in {run_dir}; {told}{weights}"
 
 
 def prune(run_dir: Path, keep_last: int | None, newest: int, disk: Disk | None = None) -> None:
@@ -135,7 +137,12 @@ def course_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """Settings that are not what they were, as `key old -> new`; one that the checkpoint's version did not write yet
     counts as unchanged."""
     told = json.loads(json.dumps(now))  # as `saved` was: tuples are lists there
-    return [f"{key} {saved[key]} -> {told[key]}" for key in told if key in saved and saved[key] != told[key]]
+    changed = [key for key in told if key in saved and saved[key] != told[key]]
+    return [f"{key} {_shown(saved[key])} -> {_shown(told[key])}" for key in changed]
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def step_of(folder: Path) -> int:

@@ -143,7 +143,7 @@ class ReelEngine(PipelineEngine):
         self.refused = False  # whether its loss or norm was not finite, so that nothing was changed by it
         self.bad_gradients: list[str] = []  # then those of this stage, in the skeleton's order
         self.bytes_sent = 0  # payload sent to other stages, for the benchmark
-        self._micro, self._random_rank = 0, self.data_rank
+        self._number = 0  # of the next micro-batch among those of the whole step: dropout then knows no data ranks
         self.step_index = 0  # set by the loop; dropout counts from it
         self.activity = Activity()  # replaced by the run's
         self._collect = self._losses  # what a pass without gradients keeps of each micro-batch
@@ -159,7 +159,7 @@ class ReelEngine(PipelineEngine):
         Where that or the gradient's norm is not finite, `refused` is set, on all ranks alike, and neither weights nor
         the optimizer's state have changed.
         """
-        self._micro = 0
+        self._number = self.data_rank
         loss = self.train_batch(None if batches is None else map(_with_weights, batches))
         self.timers(TRAIN_BATCH_TIMER).reset()  # nobody reads it, and it keeps two CUDA events a step
         self._finish_sends()
@@ -181,7 +181,7 @@ class ReelEngine(PipelineEngine):
         self, batches: Iterator[MicroBatch] | None, count: int, collect: Callable[[Tensor, tuple[Tensor, ...]], Tensor]
     ) -> list[Tensor]:
         """What `collect` makes of prediction and target of each micro-batch, on the last stage. No dropout."""
-        self._micro, self._collect = 0, collect
+        self._collect = collect
         self.activity.note("the others to begin this pass", None)
         try:
             with torch.no_grad():
@@ -194,21 +194,21 @@ class ReelEngine(PipelineEngine):
     def _losses(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
         return self.module.loss_fn(prediction, target)
 
-    def probe(self, batch: MicroBatch | None, step: int, micro_batch: int, data_rank: int) -> float | None:
+    def probe(self, batch: MicroBatch | None, step: int, number: int) -> float | None:
         """Forward and backward of one micro-batch as it was in a step, and no step: its gradients, averaged with none,
         lie in the parameters afterwards. Its loss on the last stage.
 
         Args:
             batch: on the first and the last stage.
+            number: of the micro-batch in the step, counted over all data ranks.
         """
         self.zero_grad()
         self.module.train()
         self.total_loss, self._compute_loss = None, True
-        self.step_index, self._micro, self._random_rank = step, micro_batch, data_rank
+        self.step_index, self._number = step, number
         self.set_dataiterator(batch and map(_with_weights, iter([batch])))
         self._exec_schedule(Probe(micro_batches=1, stages=self.num_stages, stage_id=self.stage_id))
         self._finish_sends()
-        self._random_rank = self.data_rank
         return None if self.total_loss is None else float(self.total_loss)
 
     def _note(self, instruction: type) -> None:
@@ -226,8 +226,8 @@ class ReelEngine(PipelineEngine):
     # --- instructions -------------------------------------------------------------------------------------------
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
-        self.module.random_path = (self.step_index, self._micro, self._random_rank)
-        self._micro += 1
+        self.module.random_path = (self.step_index, self._number)
+        self._number += self.grid.get_data_parallel_world_size()
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
         if not self.is_last_stage():
             self.pipe_buffers["outputs"][buffer_id] = outputs

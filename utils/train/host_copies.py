@@ -32,8 +32,8 @@ class HostCopies:
         pinned = any(tensor.device.type == "cuda" for tensor in tensors)
         if not self._make_room([tensor_bytes(tensor) for tensor in tensors], pinned):
             return None
-        copies = self._places(tensors)
-        copied = map_tensors(value, lambda tensor: next(copies).copy_(tensor.detach(), non_blocking=True))
+        places = self._places(tensors)
+        copied = map_tensors(value, lambda tensor: _fill(*next(places), tensor))
         if pinned:
             torch.cuda.current_stream().synchronize()
         return copied
@@ -51,15 +51,26 @@ class HostCopies:
             self._chunks = []
         return bool(self._chunks) or not wanted
 
-    def _places(self, tensors: list[Tensor]) -> Iterator[Tensor]:
-        """Room for each tensor in the chunks, with a storage of its own: torch.save writes whole storages."""
+    def _places(self, tensors: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Room for each tensor in the chunks, and the same room with a storage of its own: torch.save writes all of a
+        storage."""
         for chunk, group in zip(self._chunks, groups([tensor_bytes(t) for t in tensors]), strict=True):
             memory, start = memoryview(chunk.numpy()), 0
             for tensor in (tensors[i] for i in group):
                 size = tensor_bytes(tensor)
                 if size:
-                    room = torch.frombuffer(memory[start : start + size], dtype=torch.uint8)
-                    yield room.view(tensor.dtype).view(tensor.shape)
+                    rooms = (
+                        chunk[start : start + size],
+                        torch.frombuffer(memory[start : start + size], dtype=torch.uint8),
+                    )
+                    into, alone = (room.view(tensor.dtype).view(tensor.shape) for room in rooms)
+                    yield into, alone
                 else:  # which `frombuffer` refuses
-                    yield torch.empty(tensor.shape, dtype=tensor.dtype)
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    yield empty, empty
                 start += aligned(size)
+
+
+def _fill(into: Tensor, alone: Tensor, tensor: Tensor) -> Tensor:
+    into.copy_(tensor.detach(), non_blocking=True)
+    return alone

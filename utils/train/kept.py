@@ -41,6 +41,7 @@ class KeptBatch(NamedTuple):
 
     data_rank: int
     index: int  # in the step of that data rank
+    number: int  # in the whole step
     samples: Sequence[Sample]
     held: Sequence[int]  # samples, by slot, whose target is to be the base model's prediction
     file: Path
@@ -206,6 +207,7 @@ def read_kept(path: Path) -> KeptStep:
             KeptBatch(
                 int(data_rank),
                 index,
+                index * len(facts["micro_batches"]) + int(data_rank),
                 [Sample(each["name"], each["t"]) for each in told],
                 [slot for slot, each in enumerate(told) if each["held"]],
                 _file_of(path, int(data_rank)),

@@ -193,7 +193,11 @@ def _attention(family: ModelFamily) -> list[str]:
         q, k, v = (torch.full((1, 2, 16, HEAD_DIM), 0.1, dtype=dtype, device=device).requires_grad_() for _ in "qkv")
         F.scaled_dot_product_attention(q, k, v).float().sum().backward()
         fine = all(x.grad is not None and bool(x.grad.isfinite().all()) for x in (q, k, v))
-        return [] if fine else [f"[model] dtype = '{_word(dtype)}': attention gives no finite numbers on {dist.device_name()}"]
+        return (
+            []
+            if fine
+            else [f"[model] dtype = '{_word(dtype)}': attention gives no finite numbers on {dist.device_name()}"]
+        )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         mend = "choose another dtype, or install a torch that is built for this device"

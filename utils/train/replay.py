@@ -103,7 +103,7 @@ def run_one(engine: ReelEngine, kept: KeptBatch, step: int) -> Seen:
         batches = toward_base(engine, batch and iter([batch]), {0: kept.held})
         batch = batches and next(batches)
     with first_bad_output(engine) as bad_output:
-        loss = engine.probe(batch, step - 1, kept.index, kept.data_rank)
+        loss = engine.probe(batch, step - 1, kept.number)
     grads = {name: p.grad for name, p in engine.module.named_local() if p.grad is not None}
     bad = set(not_finite(grads))
     measured = {

@@ -145,7 +145,7 @@ class StagedModule(PipelineModule):
         self._bounds, self._fill, self._runner = list(bounds), fill, runner
         self._skeleton = [skeleton]  # in a list: the skeleton is not a part of this stage
         self.rows = stage_rows(layers, bounds)
-        self.random_path: tuple[object, ...] = ()  # (step, micro-batch, data rank), set by the engine
+        self.random_path: tuple[object, ...] = ()  # (step, micro-batch of the global batch), set by the engine
         super().__init__(
             layers, num_stages=len(bounds) - 1, loss_fn=loss_fn, partition_method="given", dynamic_shape=True
         )

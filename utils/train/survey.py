@@ -142,9 +142,10 @@ def try_masks(survey: Survey, store: CacheStore, progress: Progress) -> None:
     lost: dict[tuple[str, Skipped], None] = {}  # a file's clips may all fail for one reason
     kept = []
     for name, clip in survey.clips:
-        keys = [job.key for job in masks_by_turn(survey, clip)]
-        if key := next((key for key in keys if key in failed), None):
-            lost[name, failed[key]._replace(reason=f"as the mask of {clip.media.path.name}: {failed[key].reason}")] = None
+        whys = [failed[job.key] for job in masks_by_turn(survey, clip) if job.key in failed]
+        if whys:
+            reason = f"as the mask of {clip.media.path.name}: {whys[0].reason}"
+            lost[name, whys[0]._replace(reason=reason)] = None
         else:
             kept.append((name, clip))
     survey.clips, survey.skipped = kept, [*survey.skipped, *lost]

@@ -166,11 +166,13 @@ def _plain(number: Fraction) -> int | float:
     return number.numerator if number.denominator == 1 else float(number)
 
 
-def start_command(ranks: int, words: Sequence[str]) -> str:
+def start_command(ranks: int, words: Sequence[str], nodes: int = 1) -> str:
     """How this run was started, as far as the same run needs it again: its config and its overrides."""
     kept = [words[i : i + 2] for i, word in enumerate(words[:-1]) if word in ("--config", "--set")]
     kept += [[word] for word in words if word.startswith(("--config=", "--set="))]
     pairs = " ".join(quoted(word) for pair in kept for word in pair)
+    if nodes > 1:  # each by its own launcher, or all by one that was given a list of hosts
+        return f"(on {nodes} nodes, launched as before) train.py --deepspeed {pairs}"
     return f"deepspeed --num_gpus={ranks} train.py --deepspeed {pairs}"
 
 
@@ -196,7 +198,7 @@ def goodbye(console: Console, config: RunConfig, run: Run, finished: bool) -> No
     if run.checkpointed is not None:
         paths["checkpoint"] = run.checkpointed
     paths["numbers"] = run.run_dir / "metrics.jsonl"
-    start = start_command(dist.world_size(), sys.argv)
+    start = start_command(dist.world_size(), sys.argv, dist.world_size() // dist.ranks_here())
     totals = "epochs and max_steps" if config.max_steps else "epochs"
     onward = f"go on (raise {totals} first)" if finished else "go on"
     commands = {
