@@ -100,7 +100,10 @@ def command(pid: str) -> bytes:
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="looks for its child in /proc")
 @pytest.mark.parametrize(
     ("number", "fate"),
-    [(signal.SIGKILL, "the worker process was killed by SIGKILL"), (signal.SIGSTOP, "no progress for 3 s; raise decode_timeout_s if it is only slow")],
+    [
+        (signal.SIGKILL, "the worker process was killed by SIGKILL"),
+        (signal.SIGSTOP, "no progress for 3 s; raise decode_timeout_s if it is only slow"),
+    ],
 )
 def test_a_decoder_that_dies_or_hangs_is_replaced_and_its_file_named(tmp_path, number, fate):
     """Large frames, so that it is at one when the first is done."""

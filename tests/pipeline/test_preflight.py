@@ -76,10 +76,10 @@ def test_room_and_memory_are_told_before_they_run_out(tmp_path):
     stages = [preflight.Sizes(2**30, 2**20, 2**22), preflight.Sizes(2**60, 2**20, 2**22)]
     assert list(preflight._room(stages[:1], tmp_path / "not" / "yet")) == []
     (memory,) = preflight._memory(stages)
-    assert "stage 1 holds 1073741824.0 GiB" in memory and "use more pipeline_stages" in memory
+    assert "stage 1 holds 1048576 TiB" in memory and "use more pipeline_stages" in memory
     assert list(preflight._memory([preflight.Sizes(1, 1, 1)])) == []
     (room,) = preflight._room([stages[0]._replace(state=2**60)], tmp_path)
-    assert room.startswith(f"output_dir = '{tmp_path}': a checkpoint and a saved model take about 1073741824.0 GiB")
+    assert room.startswith(f"output_dir = '{tmp_path}': a checkpoint and a saved model take about 1048576 TiB")
 
 
 def test_attention_runs_here_and_a_dtype_without_it_is_named():

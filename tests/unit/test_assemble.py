@@ -129,7 +129,8 @@ def test_other_clips_are_told(tmp_path, caplog):
     assert resumed(tmp_path, caplog, config, config, False, (orders[0], orders[0])) == []
     for other in orders[1:]:
         told = resumed(tmp_path, caplog, config, config, False, (orders[0], other))
-        assert re.fullmatch(r"changed since the checkpoint: clips and captions \w{6} -> \w{6}", told[0]), told
+        wanted = r"changed since the checkpoint: the clips or their captions are others \(\w{6} -> \w{6}\): a file, .*"
+        assert re.fullmatch(wanted, told[0]) and "flip, crop or captions" in told[0], told
 
 
 def test_other_masks_are_told(tmp_path, caplog):

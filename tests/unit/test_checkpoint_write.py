@@ -266,7 +266,7 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path, caplog):
     training.save()
     training.writer._disk = Full()
     assert training.save().folder is None
-    assert "checkpoint at step 2 not written: need 0.1 GiB, 0.0 GiB free at " in caplog.text
+    assert "checkpoint at step 2 not written: need 64 MiB, 1 MiB free at " in caplog.text
     assert caplog.text.endswith("keeping the previous one, training goes on\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step1", "latest"]
 

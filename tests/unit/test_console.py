@@ -265,3 +265,10 @@ def test_units():
     assert counts == ["1 process", "2 processes", "75 600 tokens", "0.5 repeats"]
     assert [short_count(n) for n in (999, 12_345, 87_000_000, 14_288_000_000)] == ["999", "12.3 k", "87 M", "14.3 B"]
     assert [short_bytes(n) for n in (100, 2048, 3 * 2**20, 2834678415)] == ["100 B", "2 KiB", "3 MiB", "2.64 GiB"]
+    assert [short_bytes(n << 30) for n in (999, 1000, 1023, 2048, 2**30)] == [
+        "999 GiB",
+        "1000 GiB",
+        "1023 GiB",
+        "2 TiB",
+        "1048576 TiB",
+    ]

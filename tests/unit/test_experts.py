@@ -167,8 +167,8 @@ class TestCheckpoint:
         return Part(trained, optimizer)
 
     def save(self, folder: Path, parts: dict[str, Part]) -> Path:
-        place = {"stage": 0, "data_rank": 0, "keep_last": None}
-        return checkpoint_write.save(folder, TrainState(3, 6), epochs_done=0, course={}, meters={}, parts=parts, **place)
+        rest = {"stage": 0, "data_rank": 0, "keep_last": None, "course": {}, "meters": {}}
+        return checkpoint_write.save(folder, TrainState(3, 6), epochs_done=0, parts=parts, **rest)
 
     def test_each_gets_its_own_back(self, tmp_path):
         saved, fresh = ({"early": self.part(a), "late": self.part(b)} for a, b in ((1.0, 2.0), (0.0, 0.0)))

@@ -186,7 +186,28 @@ def test_a_json_file_under_the_name_of_json_lines(folder):
 
 def test_columns_without_effect_are_named(folder):
     path = jsonl(folder, {"path": "a.mp4", "caption": "x", "id": 1}, {"path": "b.mp4", "caption": "x", "captoin": ""})
-    assert scan_notices(path).notices == [f"{path}: columns without effect: captoin, id"]
+    assert scan_notices(path).notices == [
+        f"{path}: column 'captoin' is without effect; did you mean 'caption'?",
+        f"{path}: columns without effect: id",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [
+        ("mask", "mask_path"),
+        ("mask_file", "mask_path"),
+        ("Weight", "weight"),
+        ("weights", "weight"),
+        ("is_reg", "is_regularization"),
+        ("index", None),
+        ("width", None),
+    ],
+)
+def test_a_column_that_nearly_is_one_of_ours_is_asked_about(folder, column, meant):
+    path = jsonl(folder, {"path": "a.mp4", "caption": "x", column: 1})
+    asked = f"column '{column}' is without effect; did you mean '{meant}'?"
+    assert scan_notices(path).notices == [f"{path}: {asked if meant else f'columns without effect: {column}'}"]
 
 
 @pytest.mark.parametrize(

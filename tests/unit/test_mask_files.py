@@ -95,6 +95,18 @@ def test_sub_folders_are_mirrored(folder, tmp_path):
     assert scan(folder, mask_path=tmp_path / "masks", recursive=True) == found, "links are followed, as among the media"
 
 
+def test_the_case_of_a_suffix_is_nothing_and_that_of_a_name_is_told(folder, tmp_path):
+    masks = tmp_path / "capitals"
+    masks.mkdir()
+    for name in ("a.PNG", "B.png", "nobody.Png"):
+        write_image(tmp_path / "mask.png", colour=WHITE).rename(masks / name)
+    found = scan(folder, mask_path=masks)
+    assert masks_of(found, tmp_path)["a.mp4"] == "capitals/a.PNG" and masks_of(found, tmp_path)["b.mp4"] == ""
+    told = "the mask B.png is not taken for b.mp4, whose name has other capitals; rename one of them"
+    assert f"{folder}: {told}" in found.notices
+    assert f"{folder}: 1 mask has no clip of that name: nobody.Png" in found.notices
+
+
 def test_masks_of_an_archive_lie_in_a_folder(folder, tmp_path):
     with tarfile.open(tmp_path / "clips.tar", "w") as archive:
         for name, source in (("a.mp4", "a.mp4"), ("sub/a.mp4", "b.mp4")):

@@ -92,7 +92,7 @@ def test_a_host_without_room_is_told(monkeypatch):
 
     module = model()
     monkeypatch.setattr(parking.torch, "empty", full)
-    with pytest.raises(ValueError, match=r"no room for the 0.0 GiB .* \(CUDA error: out of memory\); train one expert"):
+    with pytest.raises(ValueError, match=r"for the \d+ B of frozen .* \(CUDA error: out of memory\); train one expert"):
         Parking(module.parameters()).park()
 
 

@@ -337,10 +337,10 @@ def test_a_worker_that_dies_or_hangs_costs_its_item_alone():
         processes = [worker.process for worker in pool._workers]
     assert [outcome.item for outcome in outcomes] == items
     errors = {outcome.item: outcome.error for outcome in outcomes if outcome.error}
-    assert isinstance(errors["dies"], WorkerLost) and "dies: the worker process was killed by SIGKILL" in str(
-        errors["dies"]
-    )
-    assert str(errors["hangs"]) == "hangs: no progress for 2 s; raise some_timeout_s if it is only slow" and isinstance(errors["raises"], KeyError)
+    assert isinstance(errors["dies"], WorkerLost)
+    assert "dies: the worker process was killed by SIGKILL" in str(errors["dies"])
+    assert str(errors["hangs"]) == "hangs: no progress for 2 s; raise some_timeout_s if it is only slow"
+    assert isinstance(errors["raises"], KeyError)
     assert len(errors) == 3 and not any(process.is_alive() for process in processes)
 
 

@@ -169,9 +169,9 @@ def test_the_time_counts_from_the_start_of_the_process():
 
 
 def test_before_the_first_step_there_is_nothing_to_wait_for():
-    with pytest.raises(TooEarly), before_training(None):
+    with pytest.raises(TooEarly, match=r"^SIGUSR1 came$"), before_training(None):
         os.kill(os.getpid(), signal.SIGUSR1)
-    with pytest.raises(TooEarly), before_training(1e-9):
+    with pytest.raises(TooEarly, match=r"^max_runtime_minutes is nearly over$"), before_training(1e-9):
         time.sleep(5)
     with before_training(1e6):
         pass

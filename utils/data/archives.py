@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from utils.data.listing import Skipped
 from utils.data.stat_index import StatIndex, hash_file
+from utils.monitor.console import short_bytes
 
 ARCHIVE_SUFFIX = ".tar"
 _FREE_SHARE = 0.9  # of the free disk that an archive may fill
@@ -167,7 +168,7 @@ def _require_room(path: Path, size: int, root: Path) -> None:
     free = shutil.disk_usage(root).free
     if size > _FREE_SHARE * free:
         raise ValueError(
-            f"{path}: unpacks to {size / 2**30:.1f} GiB in the cache, and {root} has {free / 2**30:.1f} GiB free; "
+            f"{path}: unpacks to {short_bytes(size)} in the cache, and {root} has {short_bytes(free)} free; "
             "set cache_dir to a larger disk, or unpack the archive yourself and name its folder"
         )
 

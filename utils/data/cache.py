@@ -46,7 +46,13 @@ class CacheStore:
     @staticmethod
     def key(kind: str, recipe: Mapping[str, Any]) -> str:
         """Name of the entry that `recipe`, JSON-able and complete, leads to; 40 hex digits."""
-        text = _ENCODER.encode([_SCHEMA, kind, recipe])
+        return CacheStore.key_of(kind, {name: encoded(value) for name, value in recipe.items()})
+
+    @staticmethod
+    def key_of(kind: str, parts: Mapping[str, str]) -> str:
+        """`key` of a recipe whose values are `encoded` already: what many keys share need be so only once."""
+        inside = ",".join([f'"{name}":{parts[name]}' for name in sorted(parts)])
+        text = f'[{_SCHEMA},"{kind}",{{{inside}}}]'
         return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
 
     def path(self, kind: str, key: str) -> Path:
@@ -111,6 +117,11 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:
     for field, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NotFiniteError(f"{name}: encoding gave NaN or infinity in {field!r}; nothing stored")
+
+
+def encoded(value: Any) -> str:
+    """As JSON that is the same for equal values."""
+    return _ENCODER.encode(value)
 
 
 def _read_header(file: BinaryIO) -> tuple[int, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Index files, JSON lines or CSV: a row a clip, with its path, captions and the part of it to use."""
 
 import csv
+import difflib
 import io
 import json
 import math
@@ -22,6 +23,7 @@ _OWN_DIRECTORY = "is_regularization"  # holds for a whole [[directory]]
 # In musubi-tuner's lists the media stand under these names, as seen from the working directory; its later versions look
 # in the list's own folder too.
 _FROM_HERE = ("video_path", "image_path")
+_SAME_BEGINNING = 4  # letters
 _DELIMITERS = (",", ";", "\t")  # a spreadsheet writes what its user's country has
 _NOTHING = (None, "")
 
@@ -75,8 +77,24 @@ def list_index(path: Path, masks: MaskFolder | None = None) -> Listing:
         else:
             reason = f"{where}: was named by line {first} already; several captions go into one row as a list"
             skipped.append(Skipped(media, reason, bad=False))
-    notices = [f"columns without effect: {some(strange)}"] if strange else []
-    return Listing(items, skipped, notices)
+    return Listing(items, skipped, _without_effect(strange))
+
+
+def _without_effect(columns: set[str]) -> list[str]:
+    """Notices of columns that nothing is done with; those that look like a column of ours have one each."""
+    meant = {name: known for name in sorted(columns) if (known := _nearest(name))}
+    notices = [f"column '{name}' is without effect; did you mean '{known}'?" for name, known in meant.items()]
+    rest = columns - set(meant)
+    return notices + ([f"columns without effect: {some(rest)}"] if rest else [])
+
+
+def _nearest(name: str) -> str | None:
+    """The column that was meant: misspelt, in capitals, or longer or shorter from some letter on (`mask`, `is_reg`)."""
+    known, written = (*COLUMNS, _OWN_DIRECTORY), str(name).strip().lower()
+    if near := difflib.get_close_matches(written, known, n=1, cutoff=0.75):
+        return near[0]
+    beginning = written[:_SAME_BEGINNING]
+    return next((key for key in known if len(beginning) == _SAME_BEGINNING and key.startswith(beginning)), None)
 
 
 def _media(folder: Path, row: Mapping[str, Any]) -> Path | None:

@@ -1,10 +1,10 @@
 """What cache entries and samples are called."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from models.base import Encoder, MediaSpec
-from utils.data.cache import CacheStore, FingerprintIndex
+from utils.data.cache import CacheStore, FingerprintIndex, encoded
 from utils.data.masks import MASK_VERSION, MaskJob, Strides
 from utils.data.media_types import DECODE_VERSION, picture_box
 from utils.data.records import MASK, TEXT, Clip
@@ -20,23 +20,23 @@ class Keys:
     """
 
     def __init__(self, encoders: Sequence[Encoder], fingerprints: FingerprintIndex) -> None:
-        self._fingerprints: dict[str, Mapping[str, Any]] = {}  # by kind, in the encoders' order
+        self._fingerprints: dict[str, str] = {}  # as JSON, by kind, in the encoders' order
         for encoder in encoders:
             assert encoder.kind not in self._fingerprints, f"two encoders of kind {encoder.kind!r}"
             assert (encoder.kind == TEXT) == (encoder.reads == "caption"), f"{encoder.kind} reads {encoder.reads}"
-            self._fingerprints[encoder.kind] = fingerprints.resolve(encoder.fingerprint())
+            self._fingerprints[encoder.kind] = encoded(fingerprints.resolve(encoder.fingerprint()))
         self.kinds = tuple(self._fingerprints)
         self.media_kinds = tuple(kind for kind in self.kinds if kind != TEXT)
 
     def media(self, clip: Clip) -> tuple[str, ...]:
         """One key for each of `media_kinds`, of the clip's `start` alone."""
-        recipe = _recipe(clip)
+        recipe = encoded(_recipe(clip))
         return tuple(
-            CacheStore.key(kind, {"clip": recipe, "encoder": self._fingerprints[kind]}) for kind in self.media_kinds
+            CacheStore.key_of(kind, {"clip": recipe, "encoder": self._fingerprints[kind]}) for kind in self.media_kinds
         )
 
     def text(self, caption: str) -> str:
-        return CacheStore.key(TEXT, {"caption": caption, "encoder": self._fingerprints[TEXT]})
+        return CacheStore.key_of(TEXT, {"caption": encoded(caption), "encoder": self._fingerprints[TEXT]})
 
     @staticmethod
     def mask(clip: Clip, spec: MediaSpec) -> MaskJob | None:

@@ -35,19 +35,27 @@ class MaskFolder:
         for name in _files(path, "", set()):
             self._masks.setdefault(os.path.splitext(name)[0], []).append(name)
         self._used: set[str] = set()
+        self._without: dict[str, str] = {}  # media that have none, by name in small letters and without suffix
 
     def of(self, name: str) -> Path | None:
         """The mask of the media file `name`, a path from the media's folder on. Raises `Unusable` if there are two."""
         stem = os.path.splitext(name)[0]
         found = self._masks.get(stem, [])
         self._used.add(stem)
+        if not found:
+            self._without[stem.casefold()] = name
         if len(found) > 1:
             raise Unusable(f"has {len(found)} masks in {self.path}: {some(found)}; keep one of them", bad=True)
         return self.path / found[0] if found else None
 
     def notices(self) -> Iterator[str]:
         """What a person should know of it, once every media file was asked for."""
-        if unused := sorted(set(self._masks) - self._used):
+        unused = sorted(set(self._masks) - self._used)
+        for stem in unused:
+            if media := self._without.get(stem.casefold()):
+                names = some(self._masks[stem])
+                yield f"the mask {names} is not taken for {media}, whose name has other capitals; rename one of them"
+        if unused := [stem for stem in unused if stem.casefold() not in self._without]:
             names = [name for stem in unused for name in self._masks[stem]]
             which = "1 mask has" if len(names) == 1 else f"{len(names)} masks have"
             yield f"{which} no clip of that name: {some(names)}"

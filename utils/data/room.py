@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from utils.monitor.console import short_bytes
+
 GIB = 2**30
 FREE_SHARE = 0.25  # of the host's free memory that decoded clips may take, where nothing is set
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,8 +30,8 @@ def require_disk(root: Path, need: int) -> None:
     free = shutil.disk_usage(root).free
     if need > free:
         raise ValueError(
-            f"cache_dir = '{root}': encoding takes {_gib(need)} of disk and {_gib(free)} are free; make room, or name "
-            "another folder"
+            f"cache_dir = '{root}': encoding takes {short_bytes(need)} of disk and {short_bytes(free)} are free; make "
+            "room, or name another folder"
         )
 
 
@@ -50,9 +52,9 @@ def full_disk_told(root: Path, need: Callable[[], int]) -> Iterator[None]:
             raise
         quota = "the quota" if error.errno == errno.EDQUOT else "the disk"
         raise OSError(
-            f"{quota} of cache_dir = '{root}' is full: {_gib(shutil.disk_usage(root).free)} are free, and about "
-            f"{_gib(need())} are still to be written; make room or name another folder, and start again: what is "
-            "encoded is kept"
+            f"{quota} of cache_dir = '{root}' is full: {short_bytes(shutil.disk_usage(root).free)} are free, and about "
+            f"{short_bytes(need())} are still to be written; make room or name another folder, and start again: what "
+            "is encoded is kept"
         ) from error
 
 
@@ -70,7 +72,3 @@ def _container_free() -> Iterator[int]:
                 yield max(0, int(top) - int(Path(used).read_text()) + int(dict(pairs).get(cached, 0)))
         except (OSError, ValueError):
             continue
-
-
-def _gib(number: int) -> str:
-    return f"{number / GIB:.1f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"

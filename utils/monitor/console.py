@@ -59,9 +59,10 @@ def short_count(number: int) -> str:
 
 def short_bytes(number: int) -> str:
     """Binary units: `2.64 GiB`."""
-    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if number >= 1024**power:
-            return f"{number / 1024**power:.3g} {unit}"
+            size = number / 1024**power
+            return f"{size:.0f} {unit}" if size >= 999.5 else f"{size:.3g} {unit}"
     return f"{number} B"
 
 

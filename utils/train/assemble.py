@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 SLOW_DISK_BYTES_PER_S = 100e6
 STEP_KEYS = ("lr_scheduler", "warmup_steps", "force_constant_lr", "gradient_clipping")
-DATA_COURSE = ("clips and captions", "weight", "regularization sets", "loss masks")
+CLIPS = "clips and captions"
+DATA_COURSE = (CLIPS, "weight", "regularization sets", "loss masks")
 
 
 def build_run(job: Job, data: Prepared) -> Run:
@@ -142,10 +143,21 @@ def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -
         decisive = {key: value for key, value in course.items() if key not in quiet}
         refuse_other_order(job.resume, loaded.course, decisive)
     for change in checkpoint.course_changes(loaded.course, course):
-        logger.warning("changed since the checkpoint: %s", change)
+        logger.warning("changed since the checkpoint: %s", _in_words(change))
     if job.flags.reset_dataloader:
         return loaded._replace(state=loaded.state.restarted(loaded.epochs_done))
     return loaded
+
+
+def _in_words(change: str) -> str:
+    """Two numbers tell nobody what it is that differs."""
+    if not change.startswith(f"{CLIPS} "):
+        return change
+    return (
+        f"the clips or their captions are others ({change.removeprefix(f'{CLIPS} ')}): a file, a caption, or what is "
+        "made of them by a key of the dataset file, such as flip, crop or captions; training goes on with what is "
+        "there now"
+    )
 
 
 def is_evaluated(run: Run) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from models.headers import DTYPES
 from utils import dist
+from utils.monitor.console import short_bytes
 from utils.train.activity import Activity
 from utils.train.beside import Beside
 from utils.train.checkpoint import (
@@ -138,7 +139,7 @@ class Checkpointer:
             sweep(self._run_dir, self._disk)
             free = self._disk.free(self._run_dir)
             if free < need:
-                raise OSError(f"need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free at {self._run_dir}")
+                raise OSError(f"need {short_bytes(need)}, {short_bytes(free)} free at {self._run_dir}")
             self._disk.make(flight.staging)
 
         return first_trouble(attempt(prepare) if dist.is_main() else None)

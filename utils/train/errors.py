@@ -70,10 +70,10 @@ def reported() -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
-    except TooEarly:
+    except TooEarly as early:
         outcome.status = outcome.loaded.run.requeue_exit_code if outcome.loaded else INTERRUPTED_STATUS
         if dist.is_main():
-            logger.info("stopping before the first step: SIGUSR1 or max_runtime_minutes; what is encoded is kept")
+            logger.info("stopping before the first step: %s; what is encoded is kept", early)
         _leave(outcome)
     except KeyboardInterrupt:
         outcome.status = INTERRUPTED_STATUS

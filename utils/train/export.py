@@ -40,6 +40,7 @@ def export(
     metadata: Mapping[str, str],
     extras: Callable[[Path], None],
     formats: Sequence[str] = (),
+    goes_on: bool = True,
 ) -> Path | None:
     """Write the adapters or the models to `folder`; every rank calls this, and the folder is whole or absent. Returns
     None, and leaves what was there as it is, when it could not be written: training can go on.
@@ -51,15 +52,14 @@ def export(
         dtype: what to save in; None keeps each tensor's own.
         extras: writes more files (configs) into the folder.
         formats: of an adapter, a file each; none means the family's first.
+        goes_on: whether training does, for the words where it could not be written.
     """
     parts, staging = folder.with_name(f"tmp-parts-{folder.name}"), folder.with_name(f"tmp-{folder.name}")
 
     def prepare() -> None:
-        for path in (parts, staging):
-            shutil.rmtree(path, ignore_errors=True)
+        _remove(parts, staging)
+        for path in (staging, *(parts / str(number) for number in range(len(models)))):
             path.mkdir(parents=True)
-        for number in range(len(models)):
-            (parts / str(number)).mkdir()
 
     def hand_over() -> None:
         for number, model in enumerate(models):
@@ -83,12 +83,16 @@ def export(
         if trouble is not None:
             break
     if dist.is_main():
-        for path in (parts, staging):
-            shutil.rmtree(path, ignore_errors=True)
+        _remove(parts, staging)
         if trouble is not None:
-            logger.error("%s not saved: %s; training goes on", folder, trouble)
+            logger.error("%s not saved: %s%s", folder, trouble, "; training goes on" if goes_on else "")
     dist.barrier()
     return folder if trouble is None else None
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _all_saved(trained: Mapping[str, nn.Parameter], dtype: torch.dtype | None) -> dict[str, Tensor]:

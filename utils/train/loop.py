@@ -45,8 +45,10 @@ from utils.train.saving import (
     bad_weight_of,
     look_at_checkpoint,
     save_checkpoint,
+    save_last_model,
     save_model,
     settle_checkpoint,
+    way_on,
 )
 from utils.train.schedules import learning_rate_factor
 from utils.train.state import Milestones, TrainState
@@ -140,7 +142,7 @@ def train(run: Run) -> bool:
             act(run, before, run.asked)
         finished = run.state.step >= run.settings.total_steps and not is_hurried(run.asked)
         if finished:
-            finish(run)
+            finish(run, lambda: agree(run, files, signals))
         settle_checkpoint(run)
     if run.asked & Decision.QUIT:
         refuse_to_lose(run)
@@ -288,15 +290,15 @@ def catch_up(run: Run) -> None:
 def refuse_to_lose(run: Run) -> None:
     """Raises `OSError` where a run that was asked to stop could not write its checkpoint."""
     if run.last_checkpoint != run.state.step:
-        newest = f"the newest is {run.checkpointed}" if run.checkpointed else "there is none"
-        raise OSError(
-            f"the run stops after step {run.state.step} without a checkpoint of it, see above; {newest}. Make room, "
-            "then start again with --resume_from_checkpoint"
-        )
+        raise OSError(f"the run stops after step {run.state.step} without a checkpoint of it, see above; {way_on(run)}")
 
 
-def finish(run: Run) -> None:
-    """A last evaluation, checkpoint and model, unless just made: no run ends without a number or a file."""
+def finish(run: Run, asked: Callable[[], Decision]) -> None:
+    """A last evaluation, checkpoint and model, unless just made: no run ends without a number or a file.
+
+    Args:
+        asked: what anybody wants of the run by now, the same on all ranks.
+    """
     refuse_bad_weights(bad_weight_of(run), f"the end of the run, step {run.state.step},")
     settle_checkpoint(run)
     if run.eval_sets and run.last_eval != run.state.step:
@@ -304,11 +306,11 @@ def finish(run: Run) -> None:
     if run.last_checkpoint != run.state.step:
         save_checkpoint(run, wait=True)
     if run.last_saved != run.state.step:
-        save_model(run, f"step{run.state.step}")
+        save_last_model(run, f"step{run.state.step}", asked)
     if run.last_saved != run.state.step:
         raise OSError(
-            f"the trained weights of step {run.state.step} could not be saved to {run.run_dir}, see above; make room, "
-            "then start again with --resume_from_checkpoint"
+            f"the trained weights of step {run.state.step} could not be saved to {run.run_dir}, see above; "
+            f"{way_on(run)}"
         )
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from utils.monitor.console import short_bytes
+
 # One allocation holds many weights: torch rounds pinned memory up to a power of two, which for a weight of
 # 13824 x 5120 in bfloat16 (135 MiB) would waste nearly half.
 CHUNK_BYTES = 1 << 30
@@ -60,9 +62,9 @@ def _to_host(weights: Sequence[Tensor], pinned: bool) -> list[Tensor]:
         try:
             chunk = torch.empty(room, dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
-            total = sum(map(tensor_bytes, weights)) / 2**30
+            total = short_bytes(sum(map(tensor_bytes, weights)))
             raise ValueError(
-                f"the host has no room for the {total:.1f} GiB of frozen weights that wait there while another expert "
+                f"the host has no room for the {total} of frozen weights that wait there while another expert "
                 f"trains ({str(error).splitlines()[0]}); train one expert after the other, use more pipeline_stages, "
                 "or allow more locked memory (ulimit -l)"
             ) from error

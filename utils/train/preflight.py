@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from models.base import ModelFamily
 from utils import dist
 from utils.config.load import config_digest
-from utils.data.room import GIB, free_memory
+from utils.data.room import free_memory
+from utils.monitor.console import short_bytes
 from utils.train.build import EngineSettings, cut_model
 from utils.train.setup import Job, engine_settings
 
@@ -242,8 +243,8 @@ def _room(stages: Sequence[Sizes], folder: Path) -> Iterator[str]:
     free = shutil.disk_usage(there).free
     if need > free:
         yield (
-            f"output_dir = '{folder}': a checkpoint and a saved model take about {need / GIB:.1f} GiB, and "
-            f"{free / GIB:.1f} GiB are free; make room, or name a folder on another disk"
+            f"output_dir = '{folder}': a checkpoint and a saved model take about {short_bytes(need)}, and "
+            f"{short_bytes(free)} are free; make room, or name a folder on another disk"
         )
 
 
@@ -256,7 +257,7 @@ def _memory(stages: Sequence[Sizes]) -> Iterator[str]:
     if need > free:
         where = "its GPU" if on_gpu else "its share of the host's memory"
         yield (
-            f"{socket.gethostname()}: stage {number} holds {need / GIB:.1f} GiB of weights and gradients, and "
-            f"{where} has {free / GIB:.1f} GiB free; use more pipeline_stages, transformer_dtype = 'float8', or end "
+            f"{socket.gethostname()}: stage {number} holds {short_bytes(need)} of weights and gradients, and "
+            f"{where} has {short_bytes(free)} free; use more pipeline_stages, transformer_dtype = 'float8', or end "
             "what else runs there"
         )

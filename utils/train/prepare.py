@@ -80,9 +80,11 @@ def prepare(
             refuse_overlap(manifests)
             check(manifests[TRAIN])
             require_room(loaded, family, manifests, store, ring_bytes)
-            save_manifests(manifests, folder)
+            if dist.world_size() > 1:
+                save_manifests(manifests, folder)
         crew.meet(dist.barrier)
-        manifests = load_manifests([TRAIN, *loaded.eval_datasets], folder)
+        if not dist.is_main():
+            manifests = load_manifests([TRAIN, *loaded.eval_datasets], folder)
         report = precache(
             list(manifests.values()),
             encoders,

@@ -1,23 +1,33 @@
 """What the loop saves of a run: checkpoints, written beside the next steps, and models."""
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from utils import dist
+from utils.monitor.console import duration, short_bytes
 from utils.train.activity import LONG
-from utils.train.checkpoint import Part
-from utils.train.checkpoint_write import Ended
+from utils.train.checkpoint import CheckpointError, Part, find, step_of
+from utils.train.checkpoint_write import SPARE_BYTES, Ended
+from utils.train.disk import Disk
 from utils.train.export import Model, export
 from utils.train.nonfinite import bad_weight
 from utils.train.optimizers import eval_mode
+from utils.train.parking import tensor_bytes
+from utils.train.triggers import Decision
 
 if TYPE_CHECKING:
     # `utils.train.loop` imports this file
     from utils.train.loop import Run
 
 EVALUATION = "evaluation"  # of what a stopped run owes; anything else is the name of a saved model
+ROOM_S, LOOK_S = 600.0, 10.0  # how long the last model waits for room on a full disk, and between two looks
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +109,74 @@ def save_model(run: "Run", name: str) -> None:
             metadata=metadata,
             extras=run.write_configs,
             formats=run.settings.formats,
+            goes_on=run.state.step < run.settings.total_steps and not run.asked & Decision.QUIT,
         )
     if folder is not None:
         run.last_saved, run.saved = run.state.step, folder
         logger.info("saved: %s", folder)
+
+
+def save_last_model(
+    run: "Run",
+    name: str,
+    asked: Callable[[], Decision],
+    *,
+    room_s: float = ROOM_S,
+    look_s: float = LOOK_S,
+    disk: Disk | None = None,
+) -> None:
+    """As `save_model`, and where the disk is too full, again as soon as there is room. All ranks call this.
+
+    Args:
+        asked: what anybody wants of the run by now, the same on all ranks; to quit ends the waiting.
+        room_s: how long room is waited for, and `look_s` between two looks.
+    """
+    save_model(run, name)
+    if run.last_saved == run.state.step:
+        return
+    need, disk = model_bytes(run) + SPARE_BYTES, disk or Disk()
+    if _has_room(disk, run.run_dir, need):
+        return  # it failed for another reason, which no waiting mends
+    logger.warning(
+        "%s is full: the trained weights of this run need %s, and %s are free. Waiting up to %s for room: delete or "
+        "move what else lies on that disk, such as earlier models or checkpoints of other runs",
+        run.run_dir,
+        short_bytes(need),
+        short_bytes(disk.free(run.run_dir)),
+        duration(room_s),
+    )
+    for _ in range(math.ceil(room_s / look_s)):
+        run.activity.begin("waiting for room on the disk", patience=LONG)  # anew each time: the watchdog sees it move
+        time.sleep(look_s)
+        if asked() & Decision.QUIT:
+            return
+        if _has_room(disk, run.run_dir, need):
+            save_model(run, name)
+            if run.last_saved == run.state.step:
+                return
+
+
+def _has_room(disk: Disk, folder: Path, need: int) -> bool:
+    """As rank 0 sees it, whose disk it is; the same on all ranks."""
+    return bool(dist.from_main(int(dist.is_main() and disk.free(folder) >= need)))
+
+
+def model_bytes(run: "Run") -> int:
+    """What saving it takes on the disk, of all ranks, about: the stages' parts and each format."""
+    settings, mine = run.settings, 0
+    if run.experts.engine.data_rank == 0:
+        trained = [p for _, expert in run.experts.items() for p in expert.built.trained.values()]
+        size = settings.save_dtype.itemsize if settings.save_dtype else None
+        mine = sum(p.numel() * size if size else tensor_bytes(p) for p in trained)
+    files = 1 + max(1, len(settings.formats))
+    return files * int(dist.sum_over_ranks(torch.tensor([mine], dtype=torch.int64)).item())
+
+
+def way_on(run: "Run") -> str:
+    """What is left to a run that ends without having saved what it should, for the message that says so."""
+    try:
+        newest = find(run.run_dir)
+    except CheckpointError:
+        return "there is no checkpoint, so what was trained is lost; make room, then start again from the beginning"
+    held = ", which holds them" if step_of(newest) == run.state.step else ""
+    return f"the newest checkpoint is {newest}{held}; make room, then start again with --resume_from_checkpoint"

@@ -51,7 +51,7 @@ def exit_status(asked: Decision, requeue_exit_code: int, finished: bool) -> int:
 
 
 class TooEarly(KeyboardInterrupt):
-    """The job is to end before its first step: nothing to write, and it is to be queued again."""
+    """The job is to end before its first step: nothing to write, and it is to be queued again. Says why."""
 
 
 @contextmanager
@@ -59,11 +59,17 @@ def before_training(max_runtime_minutes: float | None) -> Iterator[None]:
     """SIGUSR1, which would kill, and the end of the time raise `TooEarly` meanwhile: while caching and loading there is
     no step to wait for."""
 
+    over = threading.Event()
+
     def end(number: int, frame: FrameType | None) -> None:
-        raise TooEarly
+        raise TooEarly(REASONS[Decision.TIME_UP if over.is_set() else Decision.WARNED])
+
+    def wake() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     left = (max_runtime_minutes or 0.0) * 60 - age_s() - SPARE_S
-    timer = threading.Timer(max(left, 0.0), os.kill, (os.getpid(), signal.SIGUSR1))
+    timer = threading.Timer(max(left, 0.0), wake)
     timer.daemon = True
     previous = signal.signal(signal.SIGUSR1, end)
     try:
