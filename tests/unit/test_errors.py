@@ -1,5 +1,6 @@
 """What a rank says last: mistakes without a traceback, and nothing where another rank has the story."""
 
+import logging
 import socket
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from utils.train import errors
 from utils.train.engine import init_distributed
 from utils.train.nonfinite import NonFiniteError
+from utils.train.stopping import TooEarly
 
 GONE = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:4806")
 
@@ -21,6 +23,12 @@ def said(error, caplog):
 @pytest.mark.parametrize("error", [ValueError("rank = 0"), OSError("disk"), NonFiniteError("norm nan")])
 def test_what_a_person_can_mend_comes_without_traceback(error, caplog):
     assert said(error, caplog) == str(error)
+
+
+def test_what_ended_a_run_before_its_first_step_is_named(caplog):
+    with caplog.at_level(logging.INFO), errors.reported():
+        raise TooEarly("SIGUSR1 came")
+    assert "stopping before the first step: SIGUSR1 came; what is encoded is kept" in caplog.text
 
 
 def test_a_bug_of_ours_comes_with_its_traceback(caplog):

@@ -103,13 +103,18 @@ def prepare(
         crew.meet(dist.barrier)  # so that nobody misses the files of one that is done
     manifests = {name: manifest.without(report.failed) for name, manifest in manifests.items()}
     if dist.is_main():
-        remember_made(store, manifests.values())
-        record_use(store.root, keys_of(manifests.values()), run_dir.name if run_dir else "--cache_only")
         shutil.rmtree(folder, ignore_errors=True)
-        sweep(store.root)
-        if run_dir:
-            write_skipped(run_dir / "skipped.jsonl", skipped(manifests))
+        _note_down(store, manifests, run_dir)
     return Prepared(store, manifests, report)
+
+
+def _note_down(store: CacheStore, manifests: Mapping[str, Manifest], run_dir: Path | None) -> None:
+    """What later starts and the cache's tool want to know, and the list of what is left out."""
+    remember_made(store, manifests.values())
+    record_use(store.root, keys_of(manifests.values()), run_dir.name if run_dir else "--cache_only")
+    sweep(store.root)
+    if run_dir:
+        write_skipped(run_dir / "skipped.jsonl", skipped(manifests))
 
 
 def remember_made(store: CacheStore, manifests: Iterable[Manifest]) -> None:
