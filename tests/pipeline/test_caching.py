@@ -14,7 +14,7 @@ from utils.data.cache import CacheStore
 from utils.data.precache import precache
 from utils.data.records import Bucket
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.alone]
 
 
 def ends(*processes, timeout_s=60):

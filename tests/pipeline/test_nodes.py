@@ -16,6 +16,8 @@ from tests.helpers.launch import ROOT, free_port
 from tests.helpers.tiny import tiny_checkpoint
 from tests.pipeline.test_resume import write_inputs
 
+pytestmark = [pytest.mark.pipeline, pytest.mark.alone]
+
 NODES, RANKS_A_NODE = 2, 2
 LINK = "10.213.77"  # of the namespaces' own network
 SETS = ["--set", "pipeline_stages=2", "--set", "eval_every_n_steps=2", "--set", "save_every_n_steps=2"]

@@ -10,6 +10,8 @@ import torch
 from tests.helpers.launch import run_ranks
 from tests.helpers.models import VARIANTS, random_inputs, wan_variant
 
+pytestmark = [pytest.mark.pipeline, pytest.mark.alone]
+
 RANKS = 2
 
 

@@ -15,7 +15,7 @@ from tests.helpers.toy_faults import CALL, EVALUATING, FAULT, RANK
 from tests.pipeline.test_resume import write_inputs
 from utils.train.watchdog import STALLED
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.alone]
 
 SECOND = 3  # training call of a block: two micro-batches a step, so micro-batch 1 of step 2
 STALL_S = 5

@@ -18,6 +18,8 @@ from utils.train.activity import LONG, Activity
 from utils.train.faults import Fault, read_faults, write_fault
 from utils.train.watchdog import FAILED, STALLED, Watchdog, prepare_folder
 
+pytestmark = pytest.mark.alone
+
 STALL_S = 0.5
 
 

@@ -6,7 +6,11 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.helpers.launch import ROOT
+
+pytestmark = pytest.mark.alone
 
 POOL = """
 import sys
