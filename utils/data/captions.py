@@ -92,13 +92,13 @@ def read_caption_file(path: Path) -> list[Weighted]:
 
 
 def _content(path: Path) -> bytes:
-    """By bare calls to the system, since there is one such file for each of the media."""
+    """Without a buffer, since there is one such file for each of the media."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or to open a fifo would wait for ever
     try:
-        told = os.fstat(descriptor)
-        if not stat.S_ISREG(told.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise Unusable(f"its caption {path.name} is not a regular file", bad=True)
-        return os.read(descriptor, told.st_size)
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            return file.read()  # to its end: one bare read may bring less of it
     finally:
         os.close(descriptor)
 

@@ -211,7 +211,7 @@ def _moving(media: MediaFile, table: BucketTable, rules: ClipRules, group: int) 
         source_fps = rules.source_fps(spec) or media.fps
         return Skipped(media.path, too_short(media, source_fps, spec.fps, wanted[0]), bad=False)
     if mode.own_length and not fill:
-        fitting = [_whole(min(length, rules.max_frames), spec)]
+        fitting = [whole_length(min(length, rules.max_frames), spec)]
     buckets = table.shapes(media, fitting, mode.every_length)
     if isinstance(buckets, str):
         return Skipped(media.path, buckets, bad=False)
@@ -265,12 +265,12 @@ def _made_to_fit(length: int, smallest: int, rules: ClipRules, spec: MediaSpec) 
     """What a video that is shorter than every length is used at, if at all, and what fills it up."""
     if rules.short_clips in ("loop", "pad"):
         return [smallest], Fill(rules.short_clips, max(1, length))  # even a moment has one frame
-    shorter = _whole(length, spec)
+    shorter = whole_length(length, spec)
     # Not at one frame: that would be a still under a caption that tells of motion.
     return ([shorter] if rules.short_clips == "smaller_bucket" and shorter > 1 else []), None
 
 
-def _whole(frames: int, spec: MediaSpec) -> int:
+def whole_length(frames: int, spec: MediaSpec) -> int:
     """`frames` rounded down to a length that the model takes."""
     return (frames - 1) // spec.frame_stride * spec.frame_stride + 1
 

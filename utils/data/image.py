@@ -97,7 +97,12 @@ def _flattened(image: Image.Image) -> Image.Image:
     image = in_srgb(image)
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
+    return laid_on("white", image)
+
+
+def laid_on(ground: str, image: Image.Image) -> Image.Image:
+    """RGB, what is clear of the image showing a colour."""
     layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    white.alpha_composite(layer)
-    return white.convert("RGB")
+    below = Image.new("RGBA", layer.size, ground)
+    below.alpha_composite(layer)
+    return below.convert("RGB")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from utils.data.image import fitted, opened
+from utils.data.image import fitted, laid_on, opened
 from utils.data.media import decode_clip, errors_named
 from utils.data.media_types import MediaError
 from utils.data.records import Bucket, Clip, Fill, Framing, Mask
@@ -168,10 +168,7 @@ def _still(job: MaskJob) -> np.ndarray:
     with errors_named(job.file.path), opened(job.file.path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
-            layer = upright.convert("RGBA")
-            black = Image.new("RGBA", layer.size, "black")
-            black.alpha_composite(layer)
-            upright = black.convert("RGB")
+            upright = laid_on("black", upright)
         plain = framing and framing._replace(flip=False)
         pixels = fitted(upright, job.bucket.width, job.bucket.height, plain)
     return (pixels[:, ::-1] if framing and framing.flip else pixels) @ _LUMA

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -91,10 +92,12 @@ def decode_clip(
         out = np.empty((len(numbers), height, width, 3), np.uint8)
     with errors_named(path):
         _require_regular_file(path)
-        if is_video and fill:
-            _decode_filled(path, start, fps, [fill.number(number) for number in numbers], out, source_fps, framing)
-        elif is_video:
-            _decode_video(path, start, fps, numbers, out, source_fps, framing)
+        if is_video:
+            read = partial(_decode_video, path, start, fps, source_fps=source_fps, framing=framing)
+            if fill:
+                _each_once(read, [fill.number(number) for number in numbers], out)
+            else:
+                read(numbers, out)
         else:
             _seen_through(out, framing)[:] = decode_image(path, width, height, framing and framing._replace(flip=False))
     return out
@@ -121,19 +124,12 @@ def _decode_video(
     reader(path, start, fps, numbers, _seen_through(out, framing), source_fps, framing and framing._replace(flip=False))
 
 
-def _decode_filled(
-    path: Path,
-    start: Fraction,
-    fps: Fraction,
-    numbers: Sequence[int],
-    out: np.ndarray,
-    source_fps: Fraction,
-    framing: Framing | None,
-) -> None:
-    """A video reader's work for numbers in any order: each frame is decoded once and copied to where it belongs."""
+def _each_once(read: Callable[[Sequence[int], np.ndarray], None], numbers: Sequence[int], out: np.ndarray) -> None:
+    """`read`, which takes ascending numbers, for numbers in any order: each frame is decoded once and copied to where
+    it belongs."""
     distinct, place = np.unique(numbers, return_inverse=True)
     decoded = np.empty((len(distinct), *out.shape[1:]), np.uint8)
-    _decode_video(path, start, fps, distinct.tolist(), decoded, source_fps, framing)
+    read(distinct.tolist(), decoded)
     decoded.take(place, axis=0, out=out, mode="clip")  # "raise" would make a copy of `out` first
 
 

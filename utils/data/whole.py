@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from utils.data.cache import CacheStore, write_whole
@@ -36,15 +36,14 @@ def lacking(store: CacheStore, kind: str, keys: Collection[str]) -> set[str]:
         else:
             absent.add(key)
     if news:  # another run may write at the same time; what it found is then looked at once more
-        write_whole(memory, b"".join(_ROW.pack(name, *stamp) for name, stamp in (known | news).items()))
+        _write(memory, known | news)
     return absent
 
 
 def forget(root: Path, kept: Collection[str]) -> None:
     """Take what is remembered of entries that are not among `kept` out of the cache at `root`."""
     for memory in (root / WHOLE_FOLDER).glob("*"):
-        rows = {name: stamp for name, stamp in _read(memory).items() if name.hex() in kept}
-        write_whole(memory, b"".join(_ROW.pack(name, *stamp) for name, stamp in rows.items()))
+        _write(memory, {name: stamp for name, stamp in _read(memory).items() if name.hex() in kept})
 
 
 def _read(memory: Path) -> dict[bytes, _Stamp]:
@@ -53,3 +52,7 @@ def _read(memory: Path) -> dict[bytes, _Stamp]:
         return {name: (size, time) for name, size, time in _ROW.iter_unpack(memory.read_bytes())}
     except (OSError, struct.error):
         return {}
+
+
+def _write(memory: Path, rows: Mapping[bytes, _Stamp]) -> None:
+    write_whole(memory, b"".join(_ROW.pack(name, *stamp) for name, stamp in rows.items()))

@@ -96,11 +96,15 @@ class Meters:
 
 
 def peak_memory_gib() -> float:
-    """Most memory this process has held so far, GiB: of its CUDA device where it uses one, else of the host."""
+    return peak_memory_bytes() / 2**30
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held so far: of its CUDA device where it uses one, else of the host."""
     torch = sys.modules.get("torch")  # a process that has not imported torch holds nothing on a device
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated()
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+    return peak * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB on Linux

@@ -192,15 +192,14 @@ def data_course(train: Manifest) -> dict[str, Any]:
         weights[entry.group][entry.sample_id] = entry.weight
     told = [_weights_told(of) or f"{train.groups[index].weight:g}" for index, of in weights.items()]
     held = [f"directory[{index}]" for index, group in enumerate(train.groups) if group.is_regularization]
-    clips = f"{counter_hash([entry.sample_id for entry in train.entries]) % 16**6:06x}"
+    clips = _number([entry.sample_id for entry in train.entries])
     return dict(zip(DATA_COURSE, (clips, told, held, _masks_told(train)), strict=True))
 
 
 def _masks_told(train: Manifest) -> str:
     """`none`, or `12 of 40 clips (9f3a62)`: the number tells other masks apart, as in `_weights_told`."""
     masked = sorted((entry.sample_id, entry.mask_keys) for entry in train.entries if entry.mask_keys)
-    number = counter_hash(masked) % 16**6
-    return f"{len(masked)} of {len(train.entries)} clips ({number:06x})" if masked else "none"
+    return f"{len(masked)} of {len(train.entries)} clips ({_number(masked)})" if masked else "none"
 
 
 def _weights_told(of: Mapping[str, float]) -> str:
@@ -208,7 +207,12 @@ def _weights_told(of: Mapping[str, float]) -> str:
     values = set(of.values())
     if len(values) < 2:
         return "".join(f"{value:g}" for value in values)
-    return f"{min(values):g} to {max(values):g} ({counter_hash(sorted(of.items())) % 16**6:06x})"
+    return f"{min(values):g} to {max(values):g} ({_number(sorted(of.items()))})"
+
+
+def _number(value: object) -> str:
+    """Six digits by which a person tells two values apart."""
+    return f"{counter_hash(value) % 16**6:06x}"
 
 
 def first_save_s(experts: Experts) -> float:

@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
     epochs_done: int
     course: dict[str, Any]
     meters: dict[str, Any]
-    owed: tuple[str, ...] = ()  # what was due at its step and not done any more, see `loop.Owed`
+    owed: tuple[str, ...] = ()  # what was due at its step and not done any more, see `utils.train.saving`
 
 
 def load(folder: Path, parts: Mapping[str, Part]) -> Loaded:

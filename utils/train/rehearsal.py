@@ -1,19 +1,19 @@
 """`--preflight`: steps of the real model on made-up samples of the largest bucket, for their memory and time."""
 
 import json
-import resource
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from models.base import Draw, MicroBatch
+from models.base import Draw
 from utils import dist
 from utils.data.buckets import bucket_table
+from utils.data.clips import ClipRules, whole_length
 from utils.data.records import Bucket
 from utils.monitor import console as show
 from utils.monitor.logs import captured_output
+from utils.monitor.meters import peak_memory_bytes
 from utils.train.activity import LONG
 from utils.train.experts import build_experts
 from utils.train.memory import is_out_of_memory, out_of_memory_words
@@ -64,10 +64,9 @@ def largest_bucket(job: Job) -> Bucket:
     spec, config, family = job.family.media_spec(), job.config, job.family
     buckets: list[Bucket] = []
     for folder in job.loaded.dataset.directory:
-        whole = (folder.video_clip_mode or config.video_clip_mode) == "full"
-        table = bucket_table(folder, spec, any_length=whole)
-        longest = (folder.max_frames - 1) // spec.frame_stride * spec.frame_stride + 1
-        frames = [*table.frames, longest] if whole else table.frames
+        rules = ClipRules.of(folder, config.video_clip_mode)
+        table = bucket_table(folder, spec, rules.any_length)
+        frames = [*table.frames, *([whole_length(rules.max_frames, spec)] if rules.any_length else [])]
         sizes = [size for _, of_ratio in table.areas for size in of_ratio]
         buckets += [*table.fixed, *(Bucket(*size, count) for size in sizes for count in frames)]
 
@@ -112,22 +111,12 @@ def _steps(job: Job, bucket: Bucket, sample: dict[str, torch.Tensor]) -> Rehears
         started = time.monotonic()
         reads = engine.is_first_stage() or engine.is_last_stage()
         batch = expert.family.micro_batch([sample] * size, draws) if reads else None
-        engine.train_step(_repeated(batch, config.gradient_accumulation_steps) if batch else None)
+        engine.train_step(iter([batch] * config.gradient_accumulation_steps) if batch else None)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
+    mine = json.dumps([engine.stage_id, peak_memory_bytes()])
     peaks: dict[int, int] = {}
-    for stage, peak in (json.loads(text) for text in dist.gather_text(json.dumps([engine.stage_id, _peak(device)]))):
+    for stage, peak in map(json.loads, dist.gather_text(mine)):
         peaks[stage] = max(peak, peaks.get(stage, 0))
     return Rehearsed(bucket, size, seconds, peaks)
-
-
-def _repeated(batch: MicroBatch, count: int) -> Iterator[MicroBatch]:
-    return iter([batch._replace(weights=torch.ones(len(batch.target[0])))] * count)
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes: of the device's allocator; on a CPU of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
