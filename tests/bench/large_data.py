@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from time import sleep
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,11 +64,12 @@ def make_dataset(folder: Path, name: str, files: int, clips: int) -> None:
 
 
 def fill_cache(folder: Path, name: str) -> None:
-    """An entry for everything that a start would encode; not synced, as this takes most of the time."""
+    """A first start: an entry for everything that it would encode; not synced, as this takes most of the time."""
     import torch
 
     from utils.data.cache import CacheStore
 
+    sleep(2.5)  # a start does not remember what was written a moment ago
     loaded, family, store = opened(folder, name)
     manifest = scanned(loaded, family, store)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,6 +1,6 @@
 """Starts on large datasets: seconds and memory of each stage of the way, from the folder to the first micro-batch.
 
-    python tests/bench/scan.py --files 100000 [--clips 1] [--rounds 3] [--profile FILE] [--keep FOLDER]
+    python tests/bench/scan.py --files 100000 [--clips 1] [--changed] [--rounds 3] [--profile FILE] [--keep FOLDER]
     python tests/bench/scan.py --entries 1000000
     python tests/bench/scan.py --probe 2000 [--rounds 3]
 
@@ -9,6 +9,7 @@
            a following rank does what is left. Each round is a new process; every second one runs on half of the
            files, so that the slope is told too.
 --clips    Clips a file.
+--changed  A file has changed since the last start, so that all of it is scanned.
 --entries  What every rank does with N entries that rank 0 has found: no files, metadata alone. And the plan's steps:
            the first, one in the middle of a resumed run, and those around the end of an epoch.
 --probe    A first start: N short h264 videos that nobody has seen; files a second and core, hashing included.
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter, process_time, sleep
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -153,6 +154,9 @@ def second_start(arguments: argparse.Namespace) -> None:
             rows = {name: [] for name in counts}
             for turn in range(2 * arguments.rounds):
                 name = ("whole", "half")[turn % 2]
+                if arguments.changed:
+                    os.utime(folder / name / "clip_0000000.txt")
+                    sleep(2.5)  # or it would not be remembered in any case
                 words = [sys.executable, __file__, "--role", role, "--keep", str(folder), "--name", name]
                 if arguments.profile and name == "whole":
                     words += ["--profile", f"{arguments.profile}.{role.replace(' ', '_')}"]
@@ -286,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int)
     parser.add_argument("--clips", type=int, default=1)
+    parser.add_argument("--changed", action="store_true")
     parser.add_argument("--entries", type=int)
     parser.add_argument("--probe", type=int)
     parser.add_argument("--rounds", type=int, default=3)

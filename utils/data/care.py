@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 from utils.data.cache import CacheDamaged, CacheStore
 from utils.data.crew import JOBS_FOLDER, Crew
 from utils.data.handout import CLAIMS_FOLDER
+from utils.data.scan_memory import SCANS_FOLDER
 from utils.data.whole import WHOLE_FOLDER
 from utils.data.workers import Progress
 
@@ -47,7 +48,7 @@ def entries(root: Path) -> Iterator[Found]:
 def leftovers(root: Path) -> Iterator[Path]:
     """Temporary files of writers that were killed."""
     before = time.time() - _OLD_S
-    for folder in (*_shards(root), root / "uses", root / WHOLE_FOLDER):
+    for folder in (*_shards(root), *(root / name for name in ("uses", WHOLE_FOLDER, SCANS_FOLDER))):
         for path in folder.glob(".*.tmp") if folder.is_dir() else ():
             if path.stat().st_mtime < before:
                 yield path

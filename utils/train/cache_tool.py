@@ -21,6 +21,7 @@ from utils.data.care import Found, busy, damage_of, drop_dead_claims, encoder_of
 from utils.data.crew import sweep
 from utils.data.inspection import LOOKS_FILE
 from utils.data.manifest import ARCHIVES_FOLDER, PROBES_FILE
+from utils.data.scan_memory import forget_scans
 from utils.data.uses import Use, forget_uses, keys_of, recorded_uses
 from utils.data.whole import forget
 from utils.monitor.console import counted, duration, grouped, short_bytes, show
@@ -186,6 +187,7 @@ def gc(flags: argparse.Namespace, store: CacheStore, console: Console) -> int:
         remove(archive)
     forget_uses(store.root, {entry.key for entry in found} - going)
     forget(store.root, {entry.key for entry in found} - going)
+    forget_scans(store.root, since)
     drop_dead_claims(store.root)
     sweep(store.root)
     show(

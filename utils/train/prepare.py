@@ -7,22 +7,25 @@ import os
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from models.base import Encoder, ModelFamily
 from utils import dist
+from utils.config.dataset_schema import DirectoryConfig
 from utils.config.load import LoadedConfig
-from utils.data.cache import CacheStore, write_lines
+from utils.data.cache import CacheStore, FingerprintIndex, write_lines
 from utils.data.crew import JOBS_FOLDER, Crew, sweep
 from utils.data.decode_pool import decoded_bytes
 from utils.data.listing import Skipped
-from utils.data.manifest import Manifest, build_manifest, overlap
+from utils.data.manifest import WEIGHTS_FILE, Manifest, build_manifest, overlap
 from utils.data.precache import PrecacheReport, precache
 from utils.data.records import MASK, TEXT
 from utils.data.room import FREE_SHARE, GIB, free_memory, require_disk
+from utils.data.scan_memory import ScanMemory
 from utils.data.uses import keys_of, record_use
 from utils.data.whole import lacking
 from utils.data.workers import Progress
@@ -184,21 +187,27 @@ def scan(
     progress: Progress,
 ) -> dict[str, Manifest]:
     """Each dataset's samples, and what the cache lacks of them."""
+    settings: dict[str, Any] = {
+        "spec": family.media_spec(),
+        "clip_mode": loaded.run.video_clip_mode,
+        "skip_bad_media": loaded.run.skip_bad_media,
+    }
+    weights = FingerprintIndex(store.root / WEIGHTS_FILE)
+    made_by = [[encoder.kind, weights.resolve(encoder.fingerprint())] for encoder in encoders]
+
+    def found(directories: Sequence[DirectoryConfig]) -> Manifest:
+        decided_by = [[of.model_dump(mode="json") for of in directories], repr(settings), made_by]
+        memory = ScanMemory(store, directories, decided_by, now_ns=time.time_ns())
+        if not regenerate and (remembered := memory.manifest()):
+            return remembered
+        options = {"workers": workers, "regenerate": regenerate, "progress": progress}
+        scanned = build_manifest(directories, encoders=encoders, store=store, **settings, **options)
+        memory.keep(scanned)
+        return scanned
+
     with _collector_paused():
-        return {
-            name: build_manifest(
-                dataset.directory,
-                spec=family.media_spec(),
-                clip_mode=loaded.run.video_clip_mode,
-                encoders=encoders,
-                store=store,
-                workers=workers,
-                skip_bad_media=loaded.run.skip_bad_media,
-                regenerate=regenerate,
-                progress=progress,
-            )
-            for name, dataset in {TRAIN: loaded.dataset, **loaded.eval_datasets}.items()
-        }
+        datasets = {TRAIN: loaded.dataset, **loaded.eval_datasets}
+        return {name: found(dataset.directory) for name, dataset in datasets.items()}
 
 
 @contextmanager
