@@ -1,10 +1,17 @@
 """Reelpipe: train Wan video models. `deepspeed --num_gpus=N train.py --deepspeed --config X.toml`"""
 
+import signal
+
+if __name__ == "__main__":  # first of all: a scheduler's warning waits until there is a handler, instead of killing
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from utils.train.signals import MODES, StopSignals  # brings nothing but the standard library
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,18 +44,24 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.html and not flags.plan:
         parser.error("--html goes with --plan")
-    instead = ("plan", "preflight", "cache_only", "replay")  # of training
-    if len(modes := [f"--{mode}" for mode in instead if getattr(flags, mode)]) > 1:
+    if len(modes := [f"--{mode}" for mode in MODES if getattr(flags, mode)]) > 1:
         parser.error(f"{' and '.join(modes)} do different things; give one of them")
     return flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The whole of a training, in order. Returns the exit status."""
-    flags = parse_arguments(arguments)
-    if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write("Reelpipe: loading libraries\n")
-        sys.stdout.flush()
+    with StopSignals() as signals:  # first: a scheduler's warning may come while libraries load
+        flags = parse_arguments(arguments)
+        signals.mode = next((mode for mode in MODES if getattr(flags, mode)), "train")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stdout.write("Reelpipe: loading libraries\n")
+            sys.stdout.flush()
+        return start(flags, signals)
+
+
+def start(flags: argparse.Namespace, signals: StopSignals) -> int:
+    """What was asked for, from here on with every mistake told."""
     # imported here: --help must not wait for torch
     from utils import dist
     from utils.train.assemble import build_run
@@ -59,26 +72,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from utils.train.rehearsal import rehearse
     from utils.train.replay import replay
     from utils.train.setup import join, prepare_data, read_config, watch
-    from utils.train.stopping import before_training, exit_status
+    from utils.train.stopping import exit_status
     from utils.train.tell import goodbye
 
-    with reported() as outcome:
+    with reported(signals) as outcome:
         if flags.plan:
+            signals.interrupt()
             return preview(flags)
         job = read_config(flags)
+        signals.limit(job.config.requeue_exit_code, job.config.max_runtime_minutes)
         join(job)
-        outcome.watch(watch(job), job.loaded)
+        watchdog = watch(job)
+        outcome.watch(watchdog, job.loaded, job.lock)
+        signals.interrupt(watchdog.meeting_place)
         if flags.replay:
             replay(job)
             return 0
         if flags.preflight:
             outcome.status = rehearse(job)
             return outcome.status
-        with before_training(job.config.max_runtime_minutes):
-            require(preflight(job))
-            data = prepare_data(job)
-            run = None if flags.cache_only else build_run(job, data)
-        if run is not None:
+        require(preflight(job))
+        data = prepare_data(job)
+        if not flags.cache_only:
+            run = build_run(job, data)
+            run.signals = signals
             finished = train(run)
             goodbye(job.console, job.config, run, finished)
             outcome.status = exit_status(run.asked, job.config.requeue_exit_code, finished)

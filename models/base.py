@@ -118,6 +118,14 @@ class Merge(NamedTuple):
     differences: Mapping[str, Tensor]  # by the skeleton's names of parameters, of their shapes
 
 
+class Activations(NamedTuple):
+    """Bytes that one sample keeps on its device from the forward pass to the backward pass, as a formula has them."""
+
+    boundary: int  # what a block hands on: all that is kept of a block that is recomputed
+    block: int  # what a block keeps that is not recomputed, its input included
+    head: int  # what the layers after the last block keep
+
+
 class WeightSource(Protocol):
     """Tensors of a checkpoint under the skeleton's names, whatever the layout on disk."""
 
@@ -167,6 +175,21 @@ class ModelFamily(ABC):
         """A merged cache entry of made-up numbers, of the shapes and dtypes that a clip of that bucket (px, frames) has
         with the longest caption; None where that is not known without a clip."""
         return None
+
+    def activations(self, width: int, height: int, frames: int, adapter: str | None, rank: int) -> Activations | None:
+        """What a clip of that bucket (px, frames) with the longest caption takes while a step is under way, for the
+        estimate before the start; None where nobody has worked it out.
+
+        Args:
+            adapter: its kind (`models.adapters.KINDS`), with its rank; None where all weights are trained.
+        """
+        return None
+
+    def trial(self) -> "ModelFamily":
+        """The same family with a network as small as can be, whose layers, dtypes and widths of attention heads are
+        those of the real one: with made-up weights it shows whether a device runs the model's code. This one, where
+        there is none smaller."""
+        return self
 
     @abstractmethod
     def micro_batch(self, samples: Sequence[Mapping[str, Tensor]], draws: Sequence[Draw]) -> MicroBatch:

@@ -107,18 +107,24 @@ def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def _sort_metadata(file: Path) -> None:
-    """The library writes metadata in an order that differs from process to process; the same bytes, sorted."""
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-        told = header.pop("__metadata__", None)
-        if told is None:
-            return
-        whole = {"__metadata__": dict(sorted(told.items())), **header}
-        text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # spaces after it are what the library itself aligns with
-            opened.seek(8)
-            opened.write(text.ljust(length))
+        text = sorted_metadata(opened.read(length))
+        opened.seek(8)
+        opened.write(text)
+
+
+def sorted_metadata(text: bytes) -> bytes:
+    """The header of a safetensors file, as many bytes, with its metadata sorted: the library writes them in an order
+    that differs from process to process."""
+    header = json.loads(text)
+    told = header.pop("__metadata__", None)
+    if told is None:
+        return text
+    whole = {"__metadata__": dict(sorted(told.items())), **header}
+    by_name = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    # spaces after it are what the library itself aligns with
+    return by_name.ljust(len(text)) if len(by_name) <= len(text) else text
 
 
 class WeightReader:

@@ -11,6 +11,8 @@ ORDER = [
     "utils/version.py",
     "utils/doctor.py",
     "utils/dist.py",
+    "utils/dist_library.py",
+    "utils/dist_meeting.py",
     "utils/monitor",
     "models",
     "utils/config",

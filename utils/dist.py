@@ -1,7 +1,7 @@
 """Rank facts, and the few agreements that ranks make with each other."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -27,6 +27,17 @@ def local_rank() -> int:
 def ranks_here() -> int:
     """Ranks on this machine: torchrun and DeepSpeed's launcher each have a name for it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def node() -> int:
+    """This machine's place among all: torchrun and DeepSpeed's launcher each have a name for it; 0 without one."""
+    return int(os.environ.get("GROUP_RANK") or os.environ.get("CROSS_RANK") or 0)
+
+
+def peers_here() -> range:
+    """The ranks of this machine, this one among them; all where the launcher does not say."""
+    first = rank() - local_rank()
+    return range(first, first + ranks_here()) if ranks_here() > local_rank() else range(world_size())
 
 
 def is_main() -> bool:
@@ -93,6 +104,20 @@ def join_flags(value: int) -> int:
     shared = torch.tensor([value], dtype=torch.int64)
     dist.all_reduce(shared, op=dist.ReduceOp.BOR, group=_host_group())
     return int(shared.item())
+
+
+def join_flags_later(value: int) -> Callable[[], int]:
+    """As `join_flags`, beside other work: what is returned waits until all ranks have asked, and gives the bits."""
+    if not dist.is_initialized():
+        return lambda: value
+    shared = torch.tensor([value], dtype=torch.int64)
+    work = dist.all_reduce(shared, op=dist.ReduceOp.BOR, group=_host_group(), async_op=True)
+
+    def answer() -> int:
+        work.wait()
+        return int(shared.item())
+
+    return answer
 
 
 def from_main(value: int) -> int:

@@ -1,5 +1,6 @@
 """WanFamily: ties Wan's config, files, layers and formats to the interface that the trainer knows."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from models import flow_match, masks
 from models.adapters import by_module, kind_of
-from models.base import Draw, Encoder, MediaSpec, Merge, MicroBatch, ModelFamily, Outline, WeightSource
+from models.base import Activations, Draw, Encoder, MediaSpec, Merge, MicroBatch, ModelFamily, Outline, WeightSource
 from models.targets import without_excluded
-from models.wan import conditioning, export, variants
+from models.wan import activations, conditioning, export, variants
 from models.wan.adapter_files import BaseWeights, base_weights, save_adapter
 from models.wan.adapter_formats import check_formats
 from models.wan.adapter_reader import LinearShape, load_adapter
@@ -32,7 +33,7 @@ from models.wan.layouts import WanFiles
 from models.wan.merge_reader import load_merge
 from models.wan.metadata import of_model
 from models.wan.outline import num_tokens, outline
-from models.wan.storage import choose_storage, swap_casting_modules
+from models.wan.storage import choose_storage, resized, swap_casting_modules
 from models.wan.variants import TEXT_LENGTH
 from models.weights import WeightReader
 
@@ -157,6 +158,18 @@ class WanFamily(ModelFamily):
             **({"image": (variant.image_states, self._sizes.image_dim)} if variant.image_states else {}),
         }
         return {name: flow_match.seeded_noise(shape, number) for number, (name, shape) in enumerate(shapes.items())}
+
+    def activations(self, width: int, height: int, frames: int, adapter: str | None, rank: int) -> Activations:
+        length, bytes_a_number = self.tokens(width, height, frames), self.compute_dtype.itemsize
+        states = self._variant.image_states
+        return activations.activations(self._sizes, length, bytes_a_number, states, adapter, rank)
+
+    def trial(self) -> ModelFamily:
+        """One block of two heads, so with the real one's shapes of attention and its float8 scales."""
+        small = copy.copy(self)
+        small._sizes = variants.smallest(self._sizes)
+        small._storage = resized(self._storage, small._sizes)
+        return small
 
     def micro_batch(self, samples: Sequence[Mapping[str, Tensor]], draws: Sequence[Draw]) -> MicroBatch:
         """`samples` have `latents` [C, T, H, W] and `text` [S, text dim] at its true length; where the variant is given

@@ -11,6 +11,7 @@ from torch import nn
 from models.casting import CastLinear, CastRMSNorm
 from models.quantised import FLOAT8, FORMATS, SCALE, WEIGHT
 from models.wan.config import WanModelConfig
+from models.wan.variants import Architecture
 from models.weights import WeightReader
 
 # parameter of the skeleton -> the field of `Storage` with its frozen dtype, or float32; the first match counts
@@ -75,6 +76,16 @@ def choose_storage(config: WanModelConfig, reader: WeightReader) -> Storage:
                 f"scale; remove the key to keep it so, or set it to '{config.dtype}'"
             )
     return Storage(config.compute_dtype, config.linear_dtype, float8, scales)
+
+
+def resized(storage: Storage, sizes: Architecture) -> Storage:
+    """The same for a transformer of other sizes: scales that stand for rows have as many as its Linears have."""
+
+    def shape_of(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        rows = sizes.ffn_dim if ".ffn.net.0." in name else sizes.dim
+        return tuple(rows if axis == 0 and length > 1 else length for axis, length in enumerate(shape))
+
+    return storage._replace(scales={name: shape_of(name, shape) for name, shape in storage.scales.items()})
 
 
 def swap_casting_modules(skeleton: WanTransformer3DModel, storage: Storage) -> None:

@@ -104,6 +104,13 @@ class Architecture(NamedTuple):
         return {**own, "text_len": TEXT_LENGTH, **told}
 
 
+def smallest(sizes: Architecture) -> Architecture:
+    """One block of two heads of the same width; what comes in and goes out has the same widths."""
+    heads = min(2, sizes.num_heads)
+    dim = heads * (sizes.dim // sizes.num_heads)
+    return sizes._replace(dim=dim, num_heads=heads, ffn_dim=min(2 * dim, sizes.ffn_dim), num_layers=1)
+
+
 # a size -> tensor that shows it, and how
 SHAPE_OF: dict[str, tuple[str, int]] = {
     "dim": ("patch_embedding.weight", 0),

@@ -41,7 +41,7 @@ path = '{folder}/{name}'
 def make_dataset(folder: Path, name: str, files: int, clips: int) -> None:
     """Files, captions, remembered probes and a full cache."""
     from tests.helpers.media import write_video
-    from utils.data.manifest import PROBES_FILE
+    from utils.data.cutting import PROBES_FILE
     from utils.data.scan import describe
     from utils.data.stat_index import StatIndex
 

@@ -17,8 +17,14 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_forked(target: str, folder: Path, arguments: Any = None, timeout_s: float = 300) -> Any:
-    """What `target` ("module:function") returns, called as `function(folder, arguments)` in a process that may fork."""
+def run_forked(
+    target: str, folder: Path, arguments: Any = None, timeout_s: float = 300, inside: Sequence[str] = ()
+) -> Any:
+    """What `target` ("module:function") returns, called as `function(folder, arguments)` in a process that may fork.
+
+    Args:
+        inside: a command that starts what follows it, as `unshare -Urm` does.
+    """
     import torch
 
     from tests.helpers.launch import rank_environment
@@ -28,7 +34,7 @@ def run_forked(target: str, folder: Path, arguments: Any = None, timeout_s: floa
     log = folder / "forked.log"
     with log.open("w") as out:
         ended = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.forked", target, str(folder)],
+            [*inside, sys.executable, "-m", "tests.helpers.forked", target, str(folder)],
             env={**rank_environment(0, 1, 0), "WORLD_SIZE": "1"},
             cwd=ROOT,
             stdout=out,

@@ -27,6 +27,12 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def doom() -> None:
+    """As a launcher does: SIGTERM, and as the last of these passes SIGKILL, which is too soon for an evaluation."""
+    terminate()
+    FaultyBlock.doomed_at = FaultyBlock.calls + GRACE
+
+
 def refuse() -> None:
     raise ValueError("a clip that nobody likes; use another")
 
@@ -38,20 +44,24 @@ def run_out() -> None:
     )
 
 
-FAULTS = {f.__name__: f for f in (hang, die, terminate, refuse, run_out)}
+FAULTS = {f.__name__: f for f in (hang, die, terminate, doom, refuse, run_out)}
+GRACE = 10
 
 
 class FaultyBlock(ToyBlock):
     """Counts its passes of the wanted kind (training or evaluation) on the wanted rank."""
 
     calls = 0
+    doomed_at = -1
 
     def forward(self, boundary):
         evaluating = os.environ.get(EVALUATING) == "1"
         if os.environ.get(RANK) == os.environ.get("RANK") and torch.is_grad_enabled() != evaluating:
-            if self.calls == int(os.environ[CALL]):
+            if FaultyBlock.calls == FaultyBlock.doomed_at:
+                die()
+            if FaultyBlock.calls == int(os.environ[CALL]):
                 FAULTS[os.environ[FAULT]]()
-            self.calls += 1
+            FaultyBlock.calls += 1
         return super().forward(boundary)
 
 

@@ -10,6 +10,7 @@ from tests.helpers.toy import ToyFamily, ToyWeights
 from tests.helpers.toy_model import ToyBlock, ToyModel
 
 HOW, LENGTH = "TOY_POISON", "TOY_POISON_LENGTH"  # "output", "gradient" or "weight"; of the caption, letters
+EVALUATED = "TOY_POISON_EVALUATED"  # the same for one that is evaluated, of which the output is poisoned
 BLOCK = 2  # on the second of two stages
 
 
@@ -25,10 +26,16 @@ class Poisoned(torch.autograd.Function):
         return gradient * torch.nan
 
 
+def is_hit(context: Tensor, which: str) -> bool:
+    return bool((context[:, 0, 0] * 100 - float(os.environ.get(which, "-1"))).abs().min() < 1e-3)
+
+
 class PoisonBlock(ToyBlock):
     def forward(self, boundary):
         x, context, grid = super().forward(boundary)
-        hit = bool((context[:, 0, 0] * 100 - float(os.environ.get(LENGTH, "-1"))).abs().min() < 1e-3)
+        if not torch.is_grad_enabled() and is_hit(context, EVALUATED):
+            return x * torch.nan, context, grid
+        hit = is_hit(context, LENGTH)
         if hit and os.environ.get(HOW) == "gradient":
             x = Poisoned.apply(x)
         return x * torch.nan if hit and os.environ.get(HOW) == "output" else x, context, grid

@@ -47,6 +47,20 @@ def test_a_killed_job_loses_what_it_was_at_and_no_more(tmp_path):
     assert len(times_done(tmp_path)) == 40 and len(twice) <= 1
 
 
+def test_a_run_goes_on_where_another_on_the_same_clips_is_killed(tmp_path):
+    one, other = (start(tmp_path, 40, 0.05, port=port) for port in (1, 2))
+    pids = {str(process.pid) for process in (one, other)}
+    log = tmp_path / "done.log"
+    wait_until(lambda: log.exists() and {line.split()[0] for line in log.read_text().splitlines()} == pids)
+    one.kill()
+    one.wait()
+    [said] = ends(other)
+    assert said.startswith("encoded ") and len(times_done(tmp_path)) == 40
+    assert sum(times > 1 for times in times_done(tmp_path).values()) <= 1, "what the other was at"
+    store = CacheStore(tmp_path)
+    assert all(store.read("text", f"{number:040x}")["text"].equal(torch.ones(1)) for number in range(40))
+
+
 def test_a_slow_rank_takes_less(tmp_path):
     port = free_port()
     slow, fast = (

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import forked
@@ -52,8 +53,13 @@ lr = 1e-2
 Fault = tuple[str, int, bool]
 EVALUATION = 2 * 27  # passes: two sets
 STORIES: dict[str, list[Fault]] = {
+    "in the evaluation before the first step": [("die", 5, True)],
     "in the first step": [("die", 1, False)],
     "in a step, and again": [("die", 2 * MICRO_BATCHES, False), ("die", 1, False)],
+    "in the last step, in the middle of its epoch, twice": [
+        ("die", STEPS * MICRO_BATCHES - 1, False),
+        ("die", 1, False),
+    ],
     "in an evaluation, between two sets": [("die", EVALUATION + EVALUATION // 2, True)],
     "asked to where an evaluation is due, then in that": [("terminate", 2 * MICRO_BATCHES, False), ("die", 30, True)],
     "asked to where the LoRA is due": [("terminate", 3 * MICRO_BATCHES, False)],
@@ -61,7 +67,15 @@ STORIES: dict[str, list[Fault]] = {
         ("terminate", (STEPS - 1) * MICRO_BATCHES, False),
         ("die", 5, True),
     ],
+    "asked to in evaluations, and killed soon after": [
+        ("doom", 5, True),  # before the first step
+        ("terminate", EVALUATION - 1, True),  # as it ends, so that all is done of step 0
+        ("doom", 5, True),  # of step 3
+        ("doom", 30, True),  # of step 3, made up for: in the other set
+        ("doom", EVALUATION + 5, True),  # of the last step
+    ],
 }
+LEFT_COURSE = "asked to where the LoRA is due"  # here the folder that is owed is there, of a course that was left
 
 
 def starts(folder: Path, _: None) -> dict:
@@ -72,20 +86,35 @@ def starts(folder: Path, _: None) -> dict:
     models.FAMILIES["faulty"] = "tests.helpers.toy_faults:FaultyToy"
     assert start(folder, folder / "whole") == [0, 0]
     whole = newest(folder / "whole")
+    leave_course(whole, folder / "elsewhere")
     told: dict = {"whole": str(whole), "cuts": {}, "stories": {}}
     for cut in range(1, STEPS + 1):
         copy = folder / f"cut_{cut}" / whole.name
         shutil.copytree(whole, copy)
         for later in range(cut + 1, STEPS + 1):
             shutil.rmtree(copy / f"global_step{later}")
+        (copy / "save_quit").touch()  # for the start that was cut
         assert start(folder, copy.parent) == [0, 0]
         told["cuts"][cut] = str(copy)
     for number, (name, faults) in enumerate(STORIES.items()):
         output = folder / f"story_{number}"
-        ends = [start(folder, output, fault) for fault in [*faults, None]]
+        ends = [start(folder, output, fault) for fault in faults]
+        if name == LEFT_COURSE:
+            shutil.copytree(folder / "elsewhere" / "epoch1", newest(output) / "epoch1")
+        ends.append(start(folder, output))
         told["stories"][name] = {"run": str(newest(output)), "ends": ends}
     told["full"] = no_room(folder, whole)
     return told
+
+
+def leave_course(whole: Path, elsewhere: Path) -> None:
+    """What the run saves, with numbers of another course."""
+    shutil.copytree(whole / "epoch1", elsewhere / "epoch1")
+    file = elsewhere / "epoch1" / "toy.safetensors"
+    with safe_open(file, "pt") as reader:
+        marks = reader.metadata()
+    marks["reelpipe.course"] = marks["reelpipe.course"][::-1]
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file, marks)
 
 
 def no_room(folder: Path, whole: Path) -> dict:
@@ -138,8 +167,9 @@ def check(whole: Path, other: Path) -> None:
         if name.endswith(".pt"):
             assert_equal(*(torch.load(run / last / name, weights_only=True) for run in (whole, other)))
         elif name.endswith(".json"):
-            one, two = (json.loads((run / last / name).read_text()) for run in (whole, other))
-            assert one == {key: value for key, value in two.items() if key != "owed"}
+            told = [json.loads((run / last / name).read_text()) for run in (whole, other)]
+            one, two = ({key: value for key, value in each.items() if key != "owed"} for each in told)
+            assert one == two
         else:
             assert files[0][name] == files[1][name], name
     saved = [sorted(str(path.relative_to(run)) for path in run.glob("[es]*/toy.safetensors")) for run in (whole, other)]

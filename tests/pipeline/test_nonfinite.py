@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -12,13 +13,15 @@ from typing import NamedTuple
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.helpers.launch import relative_error
 from tests.helpers.starts import Started, sets, start_ranks
-from tests.helpers.toy_poison import HOW, LENGTH
+from tests.helpers.toy_poison import EVALUATED, HOW, LENGTH
 from tests.pipeline.test_resume import assert_equal, metrics, write_inputs
 from utils.data.cache import _checksum
+from utils.train.kept import read_kept
 
 pytestmark = pytest.mark.pipeline
 
@@ -75,6 +78,17 @@ def replay_of(folder: Path, words: list[str]) -> list[str]:
     return [*words[:-1], str(first_kept(words[-1], folder.parent))]
 
 
+def kept_with_held(run: Path) -> Path:
+    """The last step of the run that was kept and has a sample of the regularization set."""
+    steps = [path for path in (run / "nonfinite").glob("step_*.json") if '"held": true' in path.read_text()]
+    return max(steps, key=lambda path: int(path.stem.partition("_")[2]))  # the report of a replay has no such word
+
+
+def replay_with_held(folder: Path, words: list[str]) -> list[str]:
+    (run,) = (folder.parent / words[-1]).iterdir()
+    return [*words[:-1], str(kept_with_held(run))]
+
+
 def poison_latents(folder: Path, words: list[str]) -> None:
     """One clip's latents are NaN from now on; the checksum fits, as if the encoder had made them."""
     if os.environ["RANK"] != "0":
@@ -111,6 +125,18 @@ def mend_latents(folder: Path, words: list[str]) -> list[str]:
 
 
 HERE = "tests.pipeline.test_nonfinite"
+HELD = """
+resolutions = [64]
+frame_buckets = [1, 5]
+[[directory]]
+path = '{folder}/train'
+weight = 0.5
+mask_path = '{folder}/masks'
+[[directory]]
+path = '{folder}/held'
+is_regularization = true
+default_mask_file = '{folder}/top.png'
+"""
 
 
 class Runs(NamedTuple):
@@ -134,13 +160,15 @@ def runs(tmp_path_factory) -> Runs:
     inputs = Inputs(folder)
     across = {"pipeline_stages": 1, "gradient_accumulation_steps": 1}
     skip = {"on_nonfinite": "'skip'"}
+    held = {**skip, "dataset": write_held(inputs), "checkpoint_every_n_minutes": 1e-6, "max_steps": 12}
     gradient = inputs.poisoned("gradient")
-    each_step = {"checkpoint_every_n_minutes": 1e-6}
+    each_step, evaluated = {"checkpoint_every_n_minutes": 1e-6}, {"eval_before_first_step": "true"}
+    cat = str(len((folder / "eval" / "cat.txt").read_text().strip()))
     data_ranks = start_ranks(
         folder / "said_data_ranks",
         [
-            (inputs.words("skipped", **across, **skip, **each_step), gradient, ""),
-            (inputs.words("stopped", **across), gradient, ""),
+            (inputs.words("skipped", **across, **skip, **each_step, **evaluated), {**gradient, EVALUATED: cat}, ""),
+            (inputs.words("stopped", **across), {**gradient, EVALUATED: "-1"}, ""),
         ],
         ranks=2,
         families=FAMILIES,
@@ -152,6 +180,8 @@ def runs(tmp_path_factory) -> Runs:
             (inputs.words("stopped", "--resume_from_checkpoint", **skip), gradient, ""),
             (inputs.words("output", **skip), inputs.poisoned("output"), ""),
             (inputs.words("output", "--replay", "output"), {}, f"{HERE}:replay_of"),
+            (inputs.words("to_base", **held), gradient, ""),
+            (inputs.words("to_base", "--replay", "to_base", **held), gradient, f"{HERE}:replay_with_held"),
             (
                 inputs.words("signalled", epochs=1000, max_steps=4000, requeue_exit_code=85),
                 CLEAN,
@@ -167,6 +197,21 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(inputs, data_ranks, stages)
 
 
+def write_held(inputs: Inputs) -> str:
+    """A dataset whose clips count half, and a regularization set of the poisonous one, which has masks in both."""
+    folder, stem = inputs.folder, inputs.poisonous.stem
+    for name in ("held", "masks"):
+        (folder / name).mkdir()
+    for path in (folder / "train").glob(f"{stem}.*"):
+        shutil.copy(path, folder / "held")
+    for file, box in ((f"masks/{stem}.png", (0, 0, 240, 270)), ("top.png", (0, 0, 480, 90))):
+        mask = Image.new("L", (480, 270), 0)  # as large as the clip
+        mask.paste(255, box)
+        mask.save(folder / file)
+    (folder / "held.toml").write_text(HELD.format(folder=folder))
+    return f"'{folder}/held.toml'"
+
+
 def refused_steps(run: Path) -> dict[int, float]:
     """Step -> how many were left out by then."""
     return {line["step"]: line["train/nonfinite"] for line in metrics(str(run)) if "train/nonfinite" in line}
@@ -180,6 +225,16 @@ def test_a_gradient_of_one_data_rank_is_left_out_by_all(runs):
     assert [line["step"] for line in metrics(str(run)) if "train/loss" in line] == list(range(1, STEPS + 1))
     assert runs.data_ranks.said[0].count("the step is left out") == len(refused)
     assert "blocks.2.down.lora_B.default.weight (stage 0, data rank" in runs.data_ranks.said[0]
+
+
+def test_a_held_out_clip_that_comes_out_as_nan_is_named(runs):
+    (line,) = [line for line in metrics(str(runs.inputs.run("skipped"))) if "held_out/loss" in line]
+    assert line["held_out/loss"] == "nan" and 0 < line["held_out/loss_without_bad"] < 100
+    said = " ".join(runs.data_ranks.said[0].split())
+    told = re.search(r"held_out at step 0: the losses of 1 of (\d+) samples are not finite: cat.jpg \(all q\w+\)", said)
+    assert told and int(told[1]) > 1
+    assert f"; without them it is {line['held_out/loss_without_bad']:.4f}" in said
+    assert "not finite: cat" not in runs.data_ranks.said[1], "one rank tells"
 
 
 def test_a_step_that_is_left_out_changes_nothing(runs):
@@ -238,6 +293,27 @@ def test_a_replay_finds_the_forward_pass(runs):
     said = " ".join(runs.stages.said[0].split())  # whatever the width of the terminal
     assert "first tensor that is not finite: the loss of micro-batch " in said
     assert "stage 1: first output that is not finite: blocks.2; 8 of 8 gradients: blocks.3." in said
+
+
+def test_a_replay_knows_weights_masks_and_what_is_held_to_the_base(runs):
+    """Of a step of two stages, with the weights it had: the very losses, and the gradients behind the place."""
+    path = kept_with_held(runs.inputs.run("to_base"))
+    facts = json.loads(path.read_text())
+    assert facts["step"] > 1, "the adapter has learned something, so that what is held has a loss"
+    report = json.loads(path.with_name(f"{path.stem}_replay.json").read_text())
+    losses = [float(batch["stages"][-1]["loss"]) for batch in report]
+    assert sum(losses) / len(losses) == pytest.approx(float(facts["loss"]), rel=1e-5)
+    told = [sample for batch in facts["micro_batches"]["0"] for sample in batch]
+    assert {sample["held"] for sample in told} == {True, False}
+    kept = read_kept(path)
+    for batch, loss in zip(kept.batches, losses, strict=True):
+        read = batch.read()
+        masked = batch.samples[0].name.startswith(runs.inputs.poisonous.stem)
+        assert [0 < mask.mean() < 1 for mask in read.target[1:]] == [True] * masked
+        assert read.weights.tolist() == [1.0 if batch.held else 0.5]
+        assert masked or not batch.held
+        assert loss > 0
+    assert {(stage, output) for _, stage, output, _ in bad(report)} == {(0, None), (1, None)}
 
 
 def test_poisoned_data_is_named(runs):

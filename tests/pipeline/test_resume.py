@@ -1,12 +1,14 @@
 """Interrupted and resumed equals uninterrupted, bit for bit, with dropout of both kinds."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from tests.helpers import forked
 from tests.helpers.launch import ROOT, relative_error
@@ -68,12 +70,17 @@ def write_inputs(folder: Path, optimizer: str = "adamw_optimi") -> None:
 
 
 def starts(folder: Path, _: None) -> dict:
-    """The whole run, then one resumed from each cut, then one of the middle cut with other stages."""
+    """The whole run, and once more from nothing; then one resumed from each cut, and of the middle cut with other
+    stages."""
     forked.import_all()
     words, runs = ["--config", str(folder / "config.toml")], folder / "runs"
     started(2, folder / "whole", words)
     (whole,) = [path for path in runs.iterdir() if path.name != "cache"]
-    told = {"whole": str(whole), "runs": {}, "recut": {}}
+    (runs / "cache").rename(folder / "first_cache")
+    started(2, folder / "again", words)
+    (again,) = [path for path in runs.iterdir() if path not in (whole, runs / "cache")]
+    caches = [str(path) for path in (folder / "first_cache", runs / "cache")]
+    told = {"whole": str(whole), "again": str(again), "caches": caches, "runs": {}, "recut": {}}
     for number, (stages, cut) in enumerate([*((2, cut) for cut in CUTS), *((stages, CUTS[1]) for stages in OTHERS)]):
         copy = runs / f"20300101_00-00-0{number}"
         cut_copy(whole, copy, cut)
@@ -171,6 +178,40 @@ def test_metrics_have_neither_gap_nor_duplicate(runs, cut):
 @pytest.mark.pipeline
 def test_the_latest_pointer_names_the_last_checkpoint(runs):
     assert (Path(runs["whole"]) / "latest").read_text().strip() == f"global_step{STEPS}"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Path below `folder` -> content, less what the README says is of one run alone."""
+    own = re.compile(r"logs/.*|metrics\.jsonl|events\..*|pace\.json|uses/.*|whole/.*")
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(found.items()) if not own.fullmatch(name)}
+
+
+def events_of(run: str) -> list[bytes]:
+    """All that the one file of TensorBoard holds, less the times."""
+    (file,) = Path(run).glob("events.*")
+    found = []
+    for event in EventFileLoader(str(file)).Load():
+        event.ClearField("wall_time")
+        if not any(value.tag.startswith("perf/") for value in event.summary.value):
+            found.append(event.SerializeToString(deterministic=True))
+    return found
+
+
+@pytest.mark.pipeline
+def test_the_same_config_twice_gives_identical_files(runs):
+    """Two stages, dropout, recomputation, checkpoints with optimizer state, evaluations, a LoRA; and the cache."""
+    one, other = (files_of(Path(runs[name])) for name in ("whole", "again"))
+    wanted = {"run.json", "latest", "skipped.jsonl", "config.toml", f"global_step{STEPS}/optimizer_01.pt"}
+    assert wanted | {f"global_step{STEPS}/state.json", f"step{STEPS}/adapter_model.safetensors"} <= set(one)
+    assert list(one) == list(other)
+    assert [name for name in one if one[name] != other[name]] == []
+    assert metrics(runs["whole"]) == metrics(runs["again"])
+    told = events_of(runs["whole"])
+    assert len(told) > STEPS and told == events_of(runs["again"])
+    one, other = (files_of(Path(cache)) for cache in runs["caches"])
+    assert sum(name.startswith("latents/") for name in one) and list(one) == list(other)
+    assert [name for name in one if one[name] != other[name]] == []
 
 
 @pytest.mark.pipeline

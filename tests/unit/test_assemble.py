@@ -16,6 +16,7 @@ from utils.data.records import Bucket, Entry
 from utils.monitor.meters import Meters
 from utils.train import assemble, checkpoint, checkpoint_write
 from utils.train.optimizers import build_optimizer
+from utils.train.prepare import TRAIN, Prepared
 from utils.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -26,7 +27,9 @@ def config_of(text: str, alpha: float) -> object:
     return load(text.replace("rank = 8", f"rank = 8\nalpha = {alpha}"))
 
 
-def resumed(tmp_path, caplog, before, now, reset_dataloader: bool, orders=({"order": "x"},) * 2) -> list[str]:
+def resumed(
+    tmp_path, caplog, before, now, reset_dataloader: bool, orders=({"order": "x"},) * 2, lengths=({}, {})
+) -> list[str]:
     """The warnings of a run with the settings `now` that goes on from one with the settings `before`."""
     parameters = {"a": nn.Parameter(torch.zeros(2, 2))}
     optimizer = build_optimizer("sgd", list(parameters.items()), lr=0.1)
@@ -34,7 +37,7 @@ def resumed(tmp_path, caplog, before, now, reset_dataloader: bool, orders=({"ord
         tmp_path,
         TrainState(4, 8),
         epochs_done=1,
-        course=orders[0] | assemble.quiet_course(before),
+        course=orders[0] | assemble.quiet_course(before) | lengths[0],
         meters=Meters().state_dict(),
         parts={"": checkpoint.Part(parameters, optimizer)},
         stage=0,
@@ -47,7 +50,11 @@ def resumed(tmp_path, caplog, before, now, reset_dataloader: bool, orders=({"ord
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         state = assemble.resume(
-            job, {"": SimpleNamespace(built=built)}, orders[1] | assemble.quiet_course(now), Meters()
+            job,
+            {"": SimpleNamespace(built=built)},
+            orders[1] | assemble.quiet_course(now),
+            Meters(),
+            lambda state: lengths[1],
         ).state
     assert state == (TrainState(4, 8, 4, 1) if reset_dataloader else TrainState(4, 8))
     return [record.message for record in caplog.records]
@@ -84,6 +91,43 @@ def test_another_learning_rate_is_told(tmp_path, caplog):
         "changed since the checkpoint: optimizer.lr 0.0001 -> 5e-05",
         "changed since the checkpoint: warmup_steps 0 -> 7",
         "changed since the checkpoint: gradient_clipping 1.0 -> 0.5",
+    ]
+
+
+def held_out(train: Manifest, far: Manifest) -> dict[str, str]:
+    return assemble.held_out_course(Prepared(None, {TRAIN: train, "far": far}, None))
+
+
+def test_another_adapter_another_noise_and_other_held_out_clips_are_told(tmp_path, caplog):
+    now = config_of(RUN.replace("[model]", "eval_seed = 7\n[model]").replace("rank = 8", "rank = 8\ndropout = 0.5"), 8)
+    held = [held_out(data(), data(*weights)) for weights in ((1.0,), (1.0, 1.0))]
+    orders = [{"order": "x", **each} for each in held]
+    told = resumed(tmp_path, caplog, config_of(RUN, 8), now, False, orders)
+    incomparable = ": evaluations of before and of now cannot be compared"
+    assert [line.removeprefix("changed since the checkpoint: ") for line in told if "far" not in line] == [
+        "adapter.dropout 0.0 -> 0.5",
+        f"eval_seed 42 -> 7{incomparable}",
+    ]
+    (line,) = [line for line in told if "far" in line]
+    assert re.search(r": the clips of eval dataset far \w{6} -> \w{6}" + incomparable, line)
+    assert held_out(data(1.0), data(1.0)) == held_out(data(1.0, 1.0), data(1.0)), (
+        "of the training data it tells nothing"
+    )
+
+
+def test_another_length_is_told_where_the_learning_rate_hangs_on_it(tmp_path, caplog):
+    plan = SimpleNamespace(first_step=lambda epoch: 4 * (epoch - 1))
+    texts = {key: RUN.replace("[model]", f"lr_scheduler = '{key}'\n[model]") for key in ("constant", "cosine")}
+    short, long = ({key: load(text.replace("epochs = 3", f"epochs = {n}", 1)).run for key, text in texts.items()}
+                   for n in (3, 5))  # fmt: skip
+    states = TrainState(4, 8), TrainState(4, 8, 4, 1)
+    of = assemble.length_course
+    assert [of(short["constant"], plan, state) for state in states] == [{}, {}]
+    assert [of(short["cosine"], plan, state) for state in states] == [{"total steps": 12}] * 2
+    lengths = [of(each["cosine"], plan, states[0]) for each in (short, long)]
+    assert resumed(tmp_path, caplog, config_of(RUN, 8), config_of(RUN, 8), False, lengths=lengths) == [
+        "changed since the checkpoint: total steps 12 -> 20: the learning rate, which goes down until then, is another "
+        "one from here on"
     ]
 
 

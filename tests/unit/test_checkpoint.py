@@ -43,7 +43,9 @@ def test_two_stages_load_into_one_and_one_into_two(tmp_path, monkeypatch):
     whole = trained()
     folder = save(tmp_path, parameters=whole)
     other_stage = json.dumps({"": list("ab")})
-    monkeypatch.setattr(dist, "gather_text", lambda told: [other_stage, told] if told else ["", ""])
+    monkeypatch.setattr(
+        dist, "gather_text", lambda told: [other_stage if told.startswith("{") else told, told] if told else ["", ""]
+    )
     half = {name: nn.Parameter(torch.zeros(3, 2)) for name in "cd"}
     optimizer = build_optimizer("adamw", list(half.items()), lr=0.1)
     checkpoint_read.load(folder, {"": Part(half, optimizer)})
@@ -76,7 +78,7 @@ def test_damage_in_a_file_that_no_rank_reads_is_told_and_does_no_harm(tmp_path, 
     ]
     read: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_read, "hash_file", lambda path: read.append(path.name) or hash_file(path))
+        patch.setattr(checkpoint, "hash_file", lambda path: read.append(path.name) or hash_file(path))
         patch.setattr(checkpoint_read, "Beside", lambda action, _: action())
         checkpoint_read.load(folder, {"": Part(trained(), None)})  # --reset_optimizer
     assert read == ["state.json", "weights_00.safetensors", "optimizer_00.pt"]
@@ -121,6 +123,38 @@ def test_changes_are_told_and_nothing_else():
     now = {"alpha": 4.0, "batch": ((512, 4), (1024, 1)), "fuse_adapters": [], "new": 1, "weight": ["1", "3"]}
     told = ["alpha 8.0 -> 4.0", "fuse_adapters [['a', 1.0, '']] -> []", "weight [1, 0.5] -> [1, 3]"]
     assert checkpoint.course_changes(saved, now) == told
+
+
+def test_a_damaged_state_is_told_before_anything_slow_with_what_else_there_is(tmp_path):
+    """Its course is read at the start, long before the tensors are."""
+    save(tmp_path, 3)
+    folder = save(tmp_path, 5)
+    content = bytearray((folder / "state.json").read_bytes())
+    for place, byte in ((0, 0x20), (5, 0xFF)):
+        (folder / "state.json").write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"state.json is damaged: .*; name another one .*/global_step3$"):
+            checkpoint.read_course(folder)
+    (folder / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no global_step5 that is complete"):
+        checkpoint.read_course(folder)
+    assert checkpoint.read_course(tmp_path / "global_step3") == {"order": "x"}
+
+
+@pytest.mark.parametrize("save_number", ['"many"', "null", "1e999", "[1]"])
+def test_a_manifest_of_nonsense_is_passed_over(tmp_path, save_number):
+    older, newer = save(tmp_path, 3), save(tmp_path, 5)
+    manifest = newer / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"save": 2', f'"save": {save_number}'))
+    (tmp_path / "latest").write_bytes(b"\x80\xff")
+    assert checkpoint.find(tmp_path) == older
+
+
+def test_a_run_that_may_be_at_work_is_left_alone(tmp_path):
+    """--replay reads a checkpoint of it."""
+    folder = save(tmp_path, 5)
+    (tmp_path / "tmp-global_step6").mkdir()
+    checkpoint_read.load(folder, {"": Part(trained(), None)}, is_ours=False)
+    assert (tmp_path / "tmp-global_step6").exists()
 
 
 def test_old_ones_are_deleted_once_a_newer_one_is_whole(tmp_path):

@@ -268,6 +268,14 @@ def test_overrides_replace_and_add():
             "--set cache_dir=/tmp/x: the value is not TOML; text needs quotes: --set \"cache_dir='/tmp/x'\"",
         ),
         ("epochs.x=1", "--set epochs.x=1: epochs is not a table"),
+        *(
+            (
+                f"monitoring{form}",
+                f"--set monitoring{form.replace('abc', chr(39) * 2)}: everybody on the machine can read a command "
+                "line, and wandb keeps it; set the environment variable WANDB_API_KEY instead",
+            )
+            for form in (".wandb_api_key=abc", "={wandb_api_key=abc, enable_wandb=true}")
+        ),
         ("epochs=0", "--set: epochs = 0 is too small; use 1 or more"),
         ("epoch=1", "--set: unknown key 'epoch' = 1; did you mean 'epochs'?"),
     ],

@@ -93,7 +93,18 @@ def test_weights_that_are_trained_are_kept_in_what_they_are_used_in(stored):
         f"run.toml:9: model.transformer_dtype = '{stored}' is for frozen weights, and without [adapter] none are "
         "frozen; remove it or add [adapter]"
     ]
-    assert check_rules(load(whole.replace("ckpt_path", f"dtype = '{stored}'\nckpt_path")), 1) == []
+    told = check_rules(load(whole.replace("ckpt_path", f"dtype = '{stored}'\nckpt_path")), 1)
+    assert told == ([] if stored == "float32" else [f"run.toml:10: model.dtype = 'float16' {NO_OPTIMIZER}"])
+
+
+NO_OPTIMIZER = "cannot hold what an optimizer counts with: weights become NaN; use 'bfloat16' or 'float32'"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_adapter_is_not_trained_in_float16(dtype):
+    """Adam's eps is 0 in it: the first step, in which every lora_A has a gradient of zero, would make it NaN."""
+    told = check_rules(load(RUN.replace("rank = 8", f"rank = 8\ndtype = '{dtype}'")), 1)
+    assert told == ([f"run.toml:14: adapter.dtype = 'float16' {NO_OPTIMIZER}"] if dtype == "float16" else [])
 
 
 def test_eight_bit_storage_needs_frozen_weights():

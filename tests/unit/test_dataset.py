@@ -1,6 +1,8 @@
 """Entries and draws to what a family is given: merged tensors, and randomness that is a function of the sample."""
 
+import errno
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -81,6 +83,20 @@ def test_a_damaged_entry_goes_so_that_the_next_start_makes_it_anew(dataset):
     assert not path.exists()
     with pytest.raises(ValueError, match=r"is gone since the start; go on with --resume_from_checkpoint"):
         dataset.training_batch([Item(0, 0)])
+
+
+def test_a_damaged_entry_of_a_cache_that_can_only_be_read(dataset, monkeypatch):
+    path = dataset.store.path("latents", dataset.entries[0].media_keys[0])
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(ValueError, match=r"is damaged \(its checksum does not fit\) and cannot be deleted \(Read-"):
+        dataset.training_batch([Item(0, 0)])
+    monkeypatch.undo()
+    assert path.exists()
 
 
 def test_noise_and_quantile_are_what_they_were_in_the_first_release():

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.media import frame_numbers, write_video
 from tests.helpers.misbehave import die_or_hang, nap
 from utils.data import decode_pool
-from utils.data.decode_pool import PixelJob, SharedRing, decoded_bytes, decoded_clips
+from utils.data.decode_pool import PixelJob, SharedRing, decoded_bytes, decoded_clips, decoder_bytes_of, workers_within
 from utils.data.records import Bucket
 from utils.data.workers import WorkerPool
 
@@ -52,6 +52,20 @@ def test_decoded_clips_stay_within_their_memory(video, rings, clips_worth):
     [ring] = rings
     held = os.fstat(ring._descriptor).st_blocks * 512  # pages that were written
     assert 0 < held <= min(limit, 8 * size) + 4096
+
+
+def test_decoders_count_too(video, rings):
+    """Of 4K in 10 bits, and of a source for which there is memory once."""
+    big, small = (PixelJob("", video, True, *jobs_of(video, 1)[0][3:6], source_px=px) for px in (3840 * 2160, 64 * 48))
+    assert decoder_bytes_of([small, big]) == 3840 * 2160 * 3 * 21 and decoder_bytes_of([]) == 0
+    gib, each = 2**30, decoder_bytes_of([big]) + 10**8
+    assert [workers_within(memory * gib, 8, each) for memory in (0, 1, 2, 4, 8)] == [1, 1, 3, 6, 8]
+    assert workers_within(gib, 0, each) == 0, "in this process"
+    size, decoder = decoded_bytes([small]), decoder_bytes_of([small])
+    limit = 1 * size + 2 * (size + decoder) + 2 * size  # held, two workers, and two clips that wait
+    jobs = [job._replace(source_px=64 * 48) for job in jobs_of(video, 12)]
+    made = decoded_clips(jobs, workers=8, held=1, timeout_s=60, ring_bytes=limit, decoder_bytes=decoder)
+    assert len(list(made)) == 12 and rings[0]._slots == (limit - 2 * decoder) // size
 
 
 def test_at_least_one_clip_is_decoded_ahead(video, rings):

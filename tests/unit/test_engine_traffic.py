@@ -8,6 +8,7 @@ from deepspeed.runtime.pipe import schedule
 
 from utils.train.activity import Activity
 from utils.train.engine import ReelEngine
+from utils.train.forward_pass import ForwardPass
 
 TENSORS = {"Activation": 5, "Grad": 2}  # headers among them
 
@@ -15,7 +16,8 @@ TENSORS = {"Activation": 5, "Grad": 2}  # headers among them
 def transfers(kind: type, stage: int, stages: int, micro_batches: int) -> list[tuple[str, int, int]]:
     """("Send" or "Recv", sender, receiver) in the order in which a stage's engine issues them."""
     found = []
-    for commands in kind(micro_batches=micro_batches, stages=stages, stage_id=stage):
+    more = {"activity": Activity()} if kind is ForwardPass else {}
+    for commands in kind(micro_batches=micro_batches, stages=stages, stage_id=stage, **more):
         for command in commands:
             for what, count in TENSORS.items():
                 towards = 1 if what == "Activation" else -1
@@ -26,7 +28,7 @@ def transfers(kind: type, stage: int, stages: int, micro_batches: int) -> list[t
     return found
 
 
-@pytest.mark.parametrize("kind", [schedule.TrainSchedule, schedule.InferenceSchedule])
+@pytest.mark.parametrize("kind", [schedule.TrainSchedule, ForwardPass])
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 8])
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 8, 17])
 def test_the_order_holds_where_both_ends_must_meet(kind, stages, micro_batches):

@@ -26,9 +26,9 @@ def test_what_a_person_can_mend_comes_without_traceback(error, caplog):
 
 
 def test_what_ended_a_run_before_its_first_step_is_named(caplog):
-    with caplog.at_level(logging.INFO), errors.reported():
-        raise TooEarly("SIGUSR1 came")
-    assert "stopping before the first step: SIGUSR1 came; what is encoded is kept" in caplog.text
+    with caplog.at_level(logging.INFO), errors.reported() as outcome:
+        raise TooEarly("stopping before the first step: SIGUSR1 came", 85)
+    assert "stopping before the first step: SIGUSR1 came" in caplog.text and outcome.status == 85
 
 
 def test_a_bug_of_ours_comes_with_its_traceback(caplog):
@@ -52,4 +52,5 @@ def test_a_lost_peer_is_one_line_on_rank_0_and_nothing_elsewhere(caplog, monkeyp
     assert said(GONE, caplog) == errors.LOST_PEER
     caplog.clear()
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert said(GONE, caplog) == ""

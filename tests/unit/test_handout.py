@@ -14,6 +14,7 @@ from utils.data import crew as crew_module
 from utils.data.cache import CacheStore
 from utils.data.crew import STALE_S, Crew, PeerLost, sweep
 from utils.data.handout import Handout, failure_of
+from utils.data.listing import Skipped
 from utils.data.manifest import CaptionJob
 
 JOBS = [CaptionJob(f"{number:040x}", f"caption {number}") for number in range(12)]
@@ -120,9 +121,10 @@ def test_what_one_rank_failed_on_no_other_tries(store, tmp_path):
     with Crew(tmp_path / "job", 0, 2) as one, Crew(tmp_path / "job", 1, 2) as other:
         ours, theirs = (Handout(store, "text", JOBS[:2], crew) for crew in (one, other))
         [job] = take(ours, 1)
-        ours.finish(job, (Path("a.mp4"), "is broken"))
+        ours.finish(job, Skipped(Path("a.mp4"), "is broken", bad=True))
         assert list(theirs.take()) == JOBS[1:2] and theirs.came == 1
-        assert failure_of(other, job.key) == (Path("a.mp4"), "is broken") and failure_of(other, JOBS[1].key) is None
+        assert failure_of(other, job.key) == Skipped(Path("a.mp4"), "is broken", bad=True)
+        assert failure_of(other, JOBS[1].key) is None
     with Crew.alone(store.root) as later:
         assert take(Handout(store, "text", JOBS[:2], later), 1) == JOBS[:1], "another start tries again"
 

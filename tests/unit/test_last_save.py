@@ -10,6 +10,7 @@ from torch import nn
 from tests.helpers.disks import CountedDisk
 from utils.train import loop, saving
 from utils.train.activity import Activity
+from utils.train.state import TrainState
 from utils.train.triggers import Decision
 
 GIB = 2**30
@@ -52,7 +53,9 @@ def make_run(folder, failures, asked=Decision.NONE):
         run_dir=folder,
         experts=Experts({"": SimpleNamespace(family=Family(failures), built=built)}),
         settings=settings,
-        state=SimpleNamespace(step=2),
+        state=TrainState(2),
+        course={},
+        meters=SimpleNamespace(state_dict=dict),
         activity=Activity(),
         asked=asked,
         metadata={},
@@ -105,13 +108,34 @@ def make_checkpoint(folder):
 
 def test_the_last_words_name_what_there_is(tmp_path):
     run = make_run(tmp_path, 9)
-    lost = "there is no checkpoint, so what was trained is lost; make room, then start again from the beginning"
+    lost = "there is no checkpoint, so what was trained is lost; mend that, then start again from the beginning"
     with pytest.raises(OSError, match=f"of step 2 could not be saved to {tmp_path}, see above; {lost}$"):
         loop.finish(run, lambda: Decision.NONE)
     make_checkpoint(tmp_path / "global_step1")
-    assert saving.way_on(run).startswith(f"the newest checkpoint is {tmp_path}/global_step1; make room, then start")
+    assert saving.way_on(run).startswith(f"the newest checkpoint is {tmp_path}/global_step1; mend that, then start")
     (tmp_path / "global_step1").rename(tmp_path / "global_step2")
-    assert "global_step2, which holds them; make room, then start again with --resume" in saving.way_on(run)
+    assert "global_step2, which holds them; mend that, then start again with --resume" in saving.way_on(run)
     run.last_checkpoint = 1
     with pytest.raises(OSError, match=r"the run stops after step 2 without a checkpoint of it, see above; the newest"):
         loop.refuse_to_lose(run)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_the_last_checkpoint_is_tried_once_more_after_the_model(tmp_path, caplog, monkeypatch, failures):
+    """For which room may have been made. What still fails is the last word on it, and no reason to fail."""
+    run, tries = make_run(tmp_path, 0), []
+
+    def save_checkpoint(run, **_):
+        tries.append(run.last_saved)
+        run.last_checkpoint = -1 if len(tries) <= failures else run.state.step
+
+    for module in (loop, saving):
+        monkeypatch.setattr(module, "save_checkpoint", save_checkpoint)
+    run.last_checkpoint = 1
+    make_checkpoint(tmp_path / "global_step1")
+    loop.finish(run, lambda: Decision.NONE)
+    assert tries == [-1, 2], "before the model and after it"
+    warned = (
+        f"the run ends at step 2 without a checkpoint of it, see above; the newest checkpoint is {tmp_path}/global_s"
+    )
+    assert (warned in caplog.text) == (failures == 2)

@@ -14,6 +14,7 @@ from utils.monitor.logs import (
     OWN_PACKAGES,
     PACKAGES_WITH_HANDLERS,
     QUIET_ENVIRONMENT,
+    Forgiving,
     captured_output,
     log_to_file,
     quiet_libraries,
@@ -131,6 +132,16 @@ def test_a_full_disk_is_told_once(tmp_path, capsys):
     OURS.info("first")
     OURS.info("second")
     assert capsys.readouterr().err.count("cannot write") == 1
+
+
+def test_a_terminal_that_has_gone_is_no_reason_to_fail():
+    reader, writer = os.pipe()
+    console = Console(file=Forgiving(os.fdopen(writer, "wb"), "utf-8", line_buffering=True))
+    console.print("heard")
+    assert os.read(reader, 100) == b"heard\n"
+    os.close(reader)
+    for _ in range(3):
+        console.print("step " * 10000)
 
 
 def test_libraries_lose_their_own_handlers_and_keep_the_users_environment():

@@ -125,6 +125,35 @@ def test_a_late_first_frame_is_no_cut(tmp_path):
     assert probe(tmp_path / "a.mkv")[2:4] == (20, 24)
 
 
+COPIED = ("-c", "copy", "-avoid_negative_ts", "disabled", "-output_ts_offset")
+CLOCKS = {  # name of the file, how it is written, how many of 40 frames ffmpeg shows, and `special`
+    "AVI": ("a.avi", ("-c:v", "mpeg4", "-q:v", "1"), 40, "clock"),
+    "AVI, H.264": ("a.avi", LOSSLESS, 40, "clock"),  # FFmpeg counts its frames from 1
+    "AVI, B-frames": ("a.avi", ("-c:v", "mpeg4", "-q:v", "1", "-bf", "2"), 40, "clock"),
+    "a tick a frame": ("a.mov", (*LOSSLESS, "-video_track_timescale", "24"), 40, "clock"),
+    "Matroska, half a second before 0": ("a.mkv", (*COPIED, "-0.5"), 40, "clock"),
+    "Matroska, a moment before 0": ("a.mkv", (*COPIED, "-0.05"), 40, "clock"),
+    "mp4, half a second before 0": ("a.mp4", (*COPIED, "-0.5"), 28, ""),  # an edit list hides what lies before
+    "mp4, a moment before 0": ("a.mp4", (*COPIED, "-0.05"), 38, ""),
+}
+
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_the_first_frame_is_the_first_that_ffmpeg_shows(tmp_path, name):
+    file, options, shown, special = CLOCKS[name]
+    whole = write_video(tmp_path / "whole.mp4", 40, 24, options={"qp": "0", "bf": "2", "g": "12"})
+    run("-i", whole, *options, tmp_path / file)
+    held = probe(tmp_path / file)
+    assert (held.frames, held.fps, held.special) == (shown, 24, special)
+    count = resampled_frames(held.frames, held.fps, MODEL_FPS)
+    # by their numbers: left to its own clock, ffmpeg drops frames where such a Matroska file comes to 0
+    expected = pixels(tmp_path / file, 64, 48, "setpts=N/24/TB,fps=16:round=up")
+    assert np.array_equal(decoded(tmp_path / file, 64, 48, count), expected[:count])
+    for source_fps in (Fraction(0), Fraction(24)):
+        part = decode_clip(tmp_path / file, True, Fraction(3, 4), MODEL_FPS, 6, 64, 48, source_fps=source_fps)
+        assert np.array_equal(part, expected[12:18])
+
+
 # --- colours ----------------------------------------------------------------------------------------------------------
 
 TAGS = {"709": "bt709", "170m": "smpte170m", "2020_ncl": "bt2020nc"}
@@ -234,5 +263,5 @@ def test_clear_parts_of_videos_are_white(tmp_path, name):
 def test_the_fourth_byte_of_uncompressed_video_is_filler(tmp_path):
     picture = np.full((1, 48, 96, 4), (200, 100, 50, 0), np.uint8)
     path = write_pictures(tmp_path / "a.avi", picture, "format=bgra", "-c:v", "rawvideo")
-    assert probe(path).special == ""
+    assert probe(path).special == "clock", "as of any AVI: nothing is clear"
     assert decoded(path, 96, 48, 1)[0, 20, 20].tolist() == [200, 100, 50]

@@ -103,6 +103,25 @@ def test_resume_drops_a_line_that_a_crash_tore(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("end", [b"\x80\xff\x00garbage", b'{"step": 4, "\xff', b"\x00" * 40])
+def test_what_a_power_cut_left_at_the_end_is_dropped(tmp_path, caplog, end):
+    path = tmp_path / METRICS_FILE
+    write(tmp_path, [1, 2, 3])
+    path.write_bytes(path.read_bytes() + end)
+    assert tags_at(path, 3) >= {LOSS} and [line["step"] for line in read_metrics(path)] == [1, 2, 3]
+    write(tmp_path, [4], resume_step=3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert caplog.text == ""
+
+
+def test_a_last_line_that_lacks_only_its_end_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / METRICS_FILE
+    write(tmp_path, [1, 2, 3])
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    write(tmp_path, [4], resume_step=3)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
+
+
 def test_resume_without_a_file_starts_one(tmp_path):
     write(tmp_path, [6], resume_step=5)
     assert [r["step"] for r in read_metrics(tmp_path / METRICS_FILE)] == [6]

@@ -16,7 +16,7 @@ from utils.config.musubi import shapes
 from utils.config.rules import advice, check_paths, check_rules
 from utils.data.buckets import bucket_table
 from utils.data.cache import CacheStore
-from utils.data.manifest import cut_dataset
+from utils.data.cutting import cut_dataset
 from utils.train import preview
 
 # As musubi-tuner's users write it, but for the paths.

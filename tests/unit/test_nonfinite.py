@@ -2,13 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from models.base import MicroBatch
-from utils.train.kept import FORMAT, read_kept
+from utils.train.kept import FORMAT, MAX_KEPT, _keep, read_kept
 from utils.train.nonfinite import (
     DATA,
     FROZEN,
@@ -19,6 +20,7 @@ from utils.train.nonfinite import (
     NonFiniteError,
     Origin,
     Sample,
+    bad_state,
     bad_weight,
     batch_origins,
     not_finite,
@@ -92,6 +94,35 @@ def test_a_trained_weight_that_is_not_finite_is_not_written():
     refuse_bad_weights(None, "the end")
     with pytest.raises(NonFiniteError, match=r"the trained weight b \(stage 3\) is not finite; go on from an earlier"):
         refuse_bad_weights(bad_weight(trained, 3), "the end")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_an_optimizer_remembers_is_looked_at(value):
+    """A mean that is infinite stays so, and its weight never moves again, which nothing else would tell."""
+    trained = {"a": torch.nn.Parameter(torch.ones(2)), "b": torch.nn.Parameter(torch.ones(3))}
+    optimizer = torch.optim.AdamW(trained.values())
+    assert bad_state({"": (trained, optimizer)}, 2) is None, "nothing yet"
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert bad_state({"": (trained, optimizer)}, 2) is None
+    optimizer.state[trained["b"]]["exp_avg_sq"][1] = value
+    assert bad_state({"": (trained, optimizer)}, 2) == "exp_avg_sq of b (stage 2)"
+    assert bad_weight({"": trained}, 2) is None
+
+
+def test_reports_of_replays_take_no_place_of_a_step(tmp_path):
+    engine = SimpleNamespace(is_first_stage=lambda: True, data_rank=0)
+    batch = MicroBatch((torch.ones(1, 2),), (torch.ones(1),), torch.ones(1))
+
+    def keep(step):
+        return _keep(tmp_path, engine, [batch], {"format": FORMAT, "step": step}, None)
+
+    for step in range(1, MAX_KEPT + 1):
+        (tmp_path / f"step_{step}_replay.json").touch()
+        assert keep(step) == f"look into it with --replay {tmp_path}/step_{step}.json"
+    assert keep(3).startswith("look into it"), "the same step again, of a resumed run"
+    assert keep(11) == f"its batch is not kept: {MAX_KEPT} are there already"
 
 
 def kept(folder, **changed):

@@ -3,12 +3,14 @@
 import json
 import logging
 import os
+import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 import train
-from tests.helpers.media import write_image, write_video
+from tests.helpers.media import write_frames, write_image, write_video
 from tests.unit.test_report import Reader
 from utils.config.load import ConfigError
 from utils.data.cache import write_whole
@@ -272,6 +274,23 @@ def test_a_page_that_cannot_be_written_is_told_before_anything_is_read(folder, q
         with pytest.raises(ValueError, match=f"--html .*{complaint}"):
             plan.preview(flags)
     assert not (folder / "runs").exists()
+
+
+def test_uses_under_a_black_mask_are_left_out_of_the_plan(folder, capfd, quiet):
+    """Of clip2, 42 frames long: the second time what is black is known."""
+    masks = folder / "masks"
+    masks.mkdir()
+    pixels = np.zeros((42, 48, 64, 3), np.uint8)
+    pixels[-2:] = 255
+    write_frames(masks / "clip2.mov", pixels)
+    text = (folder / "dataset.toml").read_text()
+    moving = "video_clip_mode = 'random_start'\nframe_sample = 100\n"
+    (folder / "dataset.toml").write_text(f"{moving}{text}mask_path = '{masks}'\n")
+    for _ in range(2):
+        train.main(["--config", "run.toml", "--plan"])
+        told = " ".join(capfd.readouterr().out.split())
+        found = re.search(r"(\d+) crops or starts of 1 clip: left out, since the loss mask is black there", told)
+        assert found and int(found[1]) == 42 - 9 + 1 - 2, told
 
 
 def test_masks_are_counted(folder, capfd, quiet):

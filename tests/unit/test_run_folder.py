@@ -1,11 +1,15 @@
 """Which checkpoint `--resume_from_checkpoint` means, and what is said where there is none."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 
 from utils.train.checkpoint import FORMAT, CheckpointError, prune
-from utils.train.run_folder import find_checkpoint, new_run_folder
+from utils.train.run_folder import find_checkpoint, go_on, new_run_folder
+from utils.train.run_lock import NAME, RunLock
 
 RUN = "20260101_00-00-00"
 
@@ -56,3 +60,73 @@ def test_an_output_dir_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be made"):
         new_run_folder(tmp_path / "file" / "runs")
+
+
+NEWER = "20270101_00-00-00"
+
+
+def test_a_newer_run_without_a_checkpoint_is_passed_over_and_told(run, tmp_path, caplog):
+    for name in (NEWER, f"{NEWER}_1"):
+        (tmp_path / name).mkdir()
+    found, lock = go_on(tmp_path, "", print)
+    assert found == run / "global_step12"
+    assert f"going on with the newest run that has a checkpoint, {RUN}; newer ones without one are passed over: " in (
+        caplog.text
+    )
+    assert f"{NEWER}_1, {NEWER}" in caplog.text
+    assert (run / NAME).exists() and not list(tmp_path.glob(f"{NEWER}*/*")), "what is passed over is not held"
+    lock.release(is_main=True, clean=True)
+
+
+def test_the_first_checkpoint_of_the_newest_run_may_lack_its_last_rename(run, tmp_path, caplog):
+    written(tmp_path / NEWER, 2)
+    (tmp_path / NEWER / "global_step2").rename(tmp_path / NEWER / "tmp-global_step2")
+    found, lock = go_on(tmp_path, "", print)
+    assert found == tmp_path / NEWER / "global_step2" and found.is_dir()
+    assert "passed over" not in caplog.text
+    lock.release(is_main=True, clean=True)
+
+
+def test_one_that_is_named_too(run, tmp_path):
+    (run / "global_step12").rename(run / "tmp-global_step12")
+    found, lock = go_on(tmp_path, f"{RUN}/global_step12", print)
+    assert found == run / "global_step12" and found.is_dir()
+    lock.release(is_main=True, clean=True)
+
+
+def hold_elsewhere(folder) -> int:
+    """A process that is at work in the folder."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        RunLock(folder).take(lambda _: None)
+        os.write(writer, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    return pid
+
+
+def test_the_newest_run_that_is_still_at_work_is_not_passed_over(run, tmp_path):
+    """It may be in its first save. An older one would be trained on under its config."""
+    (tmp_path / NEWER).mkdir()
+    pid = hold_elsewhere(tmp_path / NEWER)
+    try:
+        with pytest.raises(ValueError, match=f"{NEWER} is in use by process {pid} "):
+            go_on(tmp_path, "", print)
+        assert not (run / NAME).exists()
+        found, lock = go_on(tmp_path, RUN, print)
+        assert found == run / "global_step12", "that one is free"
+        lock.release(is_main=True, clean=True)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("asked", ["", RUN, f"{RUN}/global_step7", f"{RUN}/epoch1", "2025"])
+def test_a_refusal_leaves_nothing_held(tmp_path, asked):
+    (tmp_path / RUN / "epoch1").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError):
+        go_on(tmp_path, asked, print)
+    assert sorted(tmp_path.rglob("*")) == before

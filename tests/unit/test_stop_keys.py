@@ -46,6 +46,14 @@ def test_what_is_refused(line, words):
     assert words in complaint
 
 
+def test_a_timeout_that_is_shorter_than_a_step_may_be_is_told_of():
+    (said,) = [line for line in advice(load(run=top("stall_timeout_s = 3")), SPEC) if "stall" in line]
+    assert said.startswith("run.toml:1: stall_timeout_s = 3 ends the run as soon as a step takes longer than that")
+    assert "600 is the default" in said
+    for value in ("0", "60", "600"):
+        assert not [line for line in advice(load(run=top(f"stall_timeout_s = {value}")), SPEC) if "stall" in line]
+
+
 def test_a_limit_of_steps_left_out_where_none_is():
     said = [line for line in advice(load(run=top("max_nonfinite = 5")), SPEC) if "nonfinite" in line]
     assert said == ["run.toml:1: max_nonfinite = 5 has no effect with on_nonfinite = 'stop'; it is for 'skip'"]

@@ -50,9 +50,15 @@ def test_what_directories_are_for_is_told_where_it_is_out_of_the_ordinary():
 )
 def test_the_last_lines_name_what_ended_the_run(max_steps, finished, label):
     console = Console(file=io.StringIO(), width=120)
-    run = SimpleNamespace(run_dir=Path("runs/one"), saved=None, checkpointed=None, experts={})
+    state = SimpleNamespace(step=9)
+    run = SimpleNamespace(
+        run_dir=Path("runs/one"), saved=None, checkpointed=None, experts={}, state=state, last_checkpoint=9
+    )
     tell.goodbye(console, SimpleNamespace(max_steps=max_steps, adapter=None), run, finished)
-    assert label in console.file.getvalue()
+    assert label in console.file.getvalue() and "no checkpoint" not in console.file.getvalue()
+    run.last_checkpoint = -1
+    tell.goodbye(console, SimpleNamespace(max_steps=max_steps, adapter=None), run, finished)
+    assert ("Done, but there is no checkpoint of the last step" in console.file.getvalue()) == finished
 
 
 def test_the_command_to_go_on_is_the_one_that_started():

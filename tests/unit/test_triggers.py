@@ -69,6 +69,17 @@ def test_signal_files_act_once(tmp_path, names, expected):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_meant_for_an_earlier_start_is_taken_away_and_told(tmp_path, caplog):
+    (tmp_path / "save_quit").touch()
+    files = SignalFiles(tmp_path)
+    files.drop()
+    assert f"{tmp_path}/save_quit was there before this start, and is taken away" in caplog.text
+    assert files.poll() == Decision.NONE and list(tmp_path.iterdir()) == []
+    caplog.clear()
+    files.drop()
+    assert caplog.text == ""
+
+
 def test_a_folder_of_that_name_is_no_signal(tmp_path):
     (tmp_path / "save").mkdir()
     assert SignalFiles(tmp_path).poll() == Decision.NONE

@@ -148,6 +148,18 @@ def test_a_folder_that_was_made_for_the_watch_goes_with_it(tmp_path, ranks):
     assert not folder.exists()
 
 
+def test_folders_of_killed_starts_go_after_a_day(tmp_path):
+    for name in ("cache_only-1-a", "cache_only-2-b", "latents"):
+        (tmp_path / name / beats.FOLDER).mkdir(parents=True)
+        beat = tmp_path / name / beats.FOLDER / "rank_0.json"
+        beat.touch()
+        for path in (beat, beat.parent, beat.parent.parent):
+            os.utime(path, (time.time() - 2 * beats.LEFT_S,) * 2)
+    (tmp_path / "cache_only-2-b" / beats.FOLDER / "rank_0.json").touch()
+    beats.clear_left(tmp_path, "cache_only-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache_only-2-b", "latents"]
+
+
 def test_zero_waits_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "TICK_S", 0.05)
     with watched(tmp_path, stall_timeout_s=0) as dogs:

@@ -13,9 +13,11 @@ from utils.config.clip_rules import clip_advice, clip_errors
 from utils.config.dataset_schema import DatasetConfig, DirectoryConfig
 from utils.config.load import LoadedConfig
 from utils.config.messages import dotted, shown
+from utils.config.precision_rules import precision_advice, precision_errors
 from utils.config.schema import AdapterConfig, OptimizerConfig, RunConfig
 from utils.config.size_rules import size_advice
 from utils.config.source import ConfigError, Location, Source
+from utils.config.time_rules import stall_advice
 from utils.config.weight_rules import held_out_advice, mask_errors, regularization_errors
 
 if TYPE_CHECKING:  # at run time models would bring torch
@@ -47,7 +49,7 @@ def check_rules(loaded: LoadedConfig, world_size: int, spec: "MediaSpec | None" 
     run = loaded.run
     errors = _placed(loaded, "run", [*_stages(run, world_size), *_partition(run), *_saving(run), *_evaluation(run)])
     errors += _placed(loaded, "run", [*_adapter(run), *batch_errors(run)])
-    errors += _placed(loaded, "run", [*_storage(loaded), *_experts(loaded)])
+    errors += _placed(loaded, "run", [*_storage(loaded), *_experts(loaded), *precision_errors(loaded)])
     errors += _placed(loaded, "dataset", list(regularization_errors(run.adapter, loaded.dataset.directory)))
     for name, dataset in _datasets(loaded).items():
         errors += _placed(loaded, name, _dataset(dataset, loaded.sources.get(name), spec, loaded.run.video_clip_mode))
@@ -60,7 +62,7 @@ def advice(loaded: LoadedConfig, spec: "MediaSpec | None" = None) -> list[str]:
         loaded, "run", [*_eval_advice(loaded.run), *_checkpoint_advice(loaded.run), *_rate_advice(loaded.run)]
     )
     said += _placed(loaded, "run", [*_bubble(loaded.run), *_optimizer_advice(loaded.run.optimizer)])
-    said += _placed(loaded, "run", [*_precision_advice(loaded), *_idle_model_keys(loaded)])
+    said += _placed(loaded, "run", [*precision_advice(loaded), *_idle_model_keys(loaded), *stall_advice(loaded.run)])
     for name, dataset in _datasets(loaded).items():
         said += _placed(
             loaded, name, _dataset_advice(dataset, loaded.sources.get(name), spec, loaded.run.video_clip_mode)
@@ -79,7 +81,9 @@ def check_paths(loaded: LoadedConfig, weights: bool = True) -> list[str]:
     run = loaded.run
     outputs = {"output_dir": run.output_dir, "cache_dir": run.cache_dir}
     found = [_is_file((key,), folder) for key, folder in outputs.items() if folder.is_file()]
-    found += [_read_only((key,), folder) for key, folder in outputs.items() if not _can_write(folder)]
+    # a cache may be there to be read alone; whether it has everything is known once the files were looked at
+    to_write = [(key, folder) for key, folder in outputs.items() if key != "cache_dir" or not folder.is_dir()]
+    found += [_read_only((key,), folder) for key, folder in to_write if not _can_write(folder)]
     found += [_absent(at, path) for at, path in _adapter_paths(run) if weights and not path.exists()]
     for key in type(loaded.model).model_fields if weights else ():
         value = getattr(loaded.model, key)
@@ -336,14 +340,6 @@ def _optimizer_advice(optimizer: OptimizerConfig) -> Iterator[Finding]:
         if near := difflib.get_close_matches(key, own, n=1, cutoff=0.85):
             text = f"optimizer.{key} goes to {optimizer.type} as it is"
             yield ("optimizer", key), f"{text}; was {near[0]} meant?"
-
-
-def _precision_advice(loaded: LoadedConfig) -> Iterator[Finding]:
-    if getattr(loaded.model, "dtype", None) == "float16":
-        yield (
-            ("model", "dtype"),
-            "dtype = 'float16' trains without loss scaling, so small gradients are lost; use 'bfloat16'",
-        )
 
 
 def _idle_model_keys(loaded: LoadedConfig) -> Iterator[Finding]:

@@ -292,8 +292,8 @@ class RunConfig(Table):
     decode_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Seconds that decoding one clip may take before it counts as unreadable."""
     cache_ram_gb: Annotated[float, Field(gt=0)] | None = None
-    """GiB of host memory for decoded clips while caching, for all ranks of a machine. Default: a quarter of what is
-    free."""
+    """GiB of host memory for decoded clips and decoders while caching, for all ranks of a machine. Default: a quarter
+    of what is free."""
     video_clip_mode: ClipMode = "single_beginning"
     """Which part of a video that is longer than its bucket is used; a dataset TOML may set its own."""
     skip_bad_media: bool = False

@@ -251,6 +251,12 @@ def with_overrides(source: Source, overrides: Sequence[str]) -> Source:
     """
     data, errors, places = _plain(source.data), [], set(source.overridden)
     for override in overrides:
+        if _SECRET.search(override):
+            errors.append(
+                f"--set {redacted_text(override)}: everybody on the machine can read a command line, and wandb keeps "
+                "it; set the environment variable WANDB_API_KEY instead"
+            )
+            continue
         key, equals, text = override.partition("=")
         location = tuple(part.strip().strip("\"'") for part in key.split(".", MAX_DEPTH))
         if not equals or not all(location):

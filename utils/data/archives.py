@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from utils.data.listing import Skipped
+from utils.data.room import unwritable
 from utils.data.stat_index import StatIndex, hash_file
 from utils.monitor.console import short_bytes
 
@@ -75,7 +76,13 @@ class Archives:
 
     def _unpack(self, path: Path, folder: Path) -> list[str]:
         """What was refused, and why. The folder appears whole or not at all."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            self._root.mkdir(parents=True, exist_ok=True)
+        if why := unwritable(self._root):
+            raise ValueError(
+                f"{path}: is to be unpacked in the cache, and {self._root} cannot be written to ({why}); set cache_dir "
+                "to a folder of yours, or unpack the archive yourself and name its folder"
+            )
         # "r:" reads no compressed archives, so what is written is no larger than what lies there.
         with tarfile.open(path, "r:") as archive:
             members, reasons = _sort_out(archive)

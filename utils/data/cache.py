@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from models.base import NotFiniteError
+from models.weights import sorted_metadata
 from utils.data.stat_index import StatIndex, hash_file
 
 # Part of every key: raise it when the meaning of a recipe or of a stored tensor changes.
@@ -109,7 +110,9 @@ class CacheStore:
         unmarked = safetensors.torch.save(plain)
         start, _ = _read_header(io.BytesIO(unmarked))
         marks = {**note, "crc32": _checksum(unmarked, start)}  # of the tensors alone, so that the header can hold it
-        write_whole(self.path(kind, key), safetensors.torch.save(plain, marks))
+        content = safetensors.torch.save(plain, marks)
+        start, _ = _read_header(io.BytesIO(content))
+        write_whole(self.path(kind, key), b"".join([content[:8], sorted_metadata(content[8:start]), content[start:]]))
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -100,7 +100,14 @@ class CachedDataset:
             ) from error
         except CacheDamaged as error:
             # the encoders have left the device to the model, so it cannot be made anew here
-            error.path.unlink(missing_ok=True)
+            try:
+                error.path.unlink(missing_ok=True)
+            except OSError as kept:
+                raise ValueError(
+                    f"{error.path}: the cache entry of {entry.name} is damaged ({error.reason}) and cannot be deleted "
+                    f"({kept.strerror}); delete it yourself, and go on with --resume_from_checkpoint and a cache_dir "
+                    "that can be written to"
+                ) from error
             raise ValueError(
                 f"{error.path}: the cache entry of {entry.name} was damaged ({error.reason}) and is deleted; go on "
                 "with --resume_from_checkpoint, which makes it anew. A disk that damages files is worth a check; "

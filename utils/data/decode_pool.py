@@ -23,6 +23,8 @@ from utils.data.records import Bucket, Fill, Framing
 from utils.data.workers import DECODE_TIMEOUT, WorkerPool
 
 Shape = tuple[int, int, int, int]  # frames, h, w, 3
+_HELD_FRAMES = 21  # see `decoder_bytes_of`
+_BYTES_PER_PIXEL = 3
 OVERTAKE_S = 2.0  # what is decoded waits for so long for one that takes longer
 
 
@@ -38,6 +40,7 @@ class PixelJob(NamedTuple):
     source_fps: Fraction = Fraction(0)  # this, `fill` and `framing` as in `Clip`
     fill: Fill | None = None
     framing: Framing | None = None
+    source_px: int = 0  # of a frame of the file, of which a decoder holds several; 0 of an image
 
     @property
     def name(self) -> str:
@@ -61,6 +64,7 @@ def decoded_clips(
     *,
     slot_bytes: int | None = None,
     ring_bytes: int | None = None,
+    decoder_bytes: int = 0,
     ahead: Callable[[int], int] = lambda most: most,
 ) -> Iterator[Decoded]:
     """`jobs` decoded ahead by `workers` processes (0: in this one), in their order but for those that take very long.
@@ -72,7 +76,9 @@ def decoded_clips(
         timeout_s: how long one clip may take before its worker is given up.
         ends_only: give the first and the last frame of each clip alone, the same bytes as in the whole.
         slot_bytes: of the largest item (`decoded_bytes`); None: `jobs` is a sequence, and it is looked up there.
-        ring_bytes: of all pixels at any time, but for `held` items and one more; None: what keeps the workers busy.
+        ring_bytes: of all pixels at any time, but for `held` items and one more, and of all decoders, but for one;
+            None: what keeps the workers busy.
+        decoder_bytes: what decoding takes a worker besides, at most (`decoder_bytes_of`).
         ahead: given the most that may wait, how many jobs to pull before their turn; asked again and again.
     """
     slot_bytes = slot_bytes or decoded_bytes(jobs, ends_only)
@@ -81,6 +87,9 @@ def decoded_clips(
     if first is None:
         return
     workers = min(workers, ahead(workers))
+    if ring_bytes is not None:
+        workers = workers_within(ring_bytes - held * slot_bytes, workers, slot_bytes + decoder_bytes)
+        ring_bytes -= workers * decoder_bytes
     most = 2 * workers + held
     if ring_bytes is not None:
         most = max(1, min(most, ring_bytes // slot_bytes - held))
@@ -100,6 +109,22 @@ def decoded_clips(
 def decoded_bytes(jobs: Iterable[PixelJob], ends_only: bool = False) -> int:
     """Of the pixels of the largest of `jobs`; 0 where there are none."""
     return max((math.prod(_shape(job.bucket, ends_only)) for job in jobs), default=0)
+
+
+def decoder_bytes_of(jobs: Iterable[PixelJob]) -> int:
+    """An estimate of what a worker takes besides the pixels that it gives, for the largest source among `jobs`.
+
+    A decoder keeps the frames that later ones are made from, 16 at most in H.264 and H.265, and a few that wait for
+    their turn. Of 10 bits and 4:2:0 a pixel takes 3 bytes in each. What is scaled is smaller by far, and a worker has
+    one thread. Of 4K in 10 bits, H.264 with 16 such frames was seen to take 485 MiB, H.265 with 5 of them 355; this
+    says 498.
+    """
+    return max((job.source_px for job in jobs), default=0) * _HELD_FRAMES * _BYTES_PER_PIXEL
+
+
+def workers_within(memory: int, workers: int, each: int) -> int:
+    """As many of `workers` as there is `memory` for, of which one takes `each`; never less than one, but for 0."""
+    return min(workers, max(1, memory // max(1, each)))
 
 
 def _shape(bucket: Bucket, ends_only: bool) -> Shape:

@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from utils.data.cache import CacheStore, write_whole
 from utils.data.crew import STALE_S, Crew
+from utils.data.listing import Skipped
 
 CLAIMS_FOLDER = "claims"  # in the cache's root: one file an item that somebody is at
 FAILED_FOLDER = "failed"  # in the job's folder: one note an item that could not be made
@@ -81,10 +82,10 @@ class Handout(Generic[JobT]):
             left = max(2, left // (2 * max(2, self._crew.world)))
         return max(1, min(most, left))
 
-    def finish(self, job: JobT, failure: tuple[Path, str] | None = None) -> None:
+    def finish(self, job: JobT, failure: Skipped | None = None) -> None:
         """Its entry is written, or it cannot be made: `failure` is the file and the reason."""
         if failure:
-            note = {"path": str(failure[0]), "reason": failure[1]}
+            note = {"path": str(failure.path), "reason": failure.reason, "bad": failure.bad}
             write_whole(_note(self._crew, job.key), json.dumps(note).encode())
         self._held.discard(job.key)
         if not self._anew:
@@ -192,11 +193,11 @@ class Handout(Generic[JobT]):
         return True
 
 
-def failure_of(crew: Crew, key: str) -> tuple[Path, str] | None:
+def failure_of(crew: Crew, key: str) -> Skipped | None:
     """File and reason, of an item that some rank of this job could not make."""
     with contextlib.suppress(FileNotFoundError):
         note = json.loads(_note(crew, key).read_bytes())
-        return Path(note["path"]), note["reason"]
+        return Skipped(Path(note["path"]), note["reason"], note["bad"])
     return None
 
 

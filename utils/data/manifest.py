@@ -2,45 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from models.base import Encoder, MediaSpec
-from utils.data.buckets import BucketSettings, bucket_table
+from utils.data.black_masks import known_black
 from utils.data.cache import CacheStore, FingerprintIndex, write_whole
-from utils.data.clips import ClipRules, ClipSettings, cut_clips, is_short, is_small
+from utils.data.cutting import DirectorySettings, cut_dataset
 from utils.data.decode_pool import PixelJob
 from utils.data.keys import Keys
-from utils.data.listing import Skipped
-from utils.data.masks import MaskJob, too_short
+from utils.data.listing import Skipped, plural
+from utils.data.masks import MaskJob
 from utils.data.records import MASK, TEXT, Bucket, Clip, Entry, Fill, Framing
-from utils.data.scan import ScanSettings, scan_directory
-from utils.data.stat_index import StatIndex
 from utils.data.whole import lacking
 from utils.data.workers import Progress
 
-# Beside the entries, in the cache's root.
-PROBES_FILE = "probes.jsonl"
-WEIGHTS_FILE = "weights.jsonl"
-ARCHIVES_FOLDER = "archives"
+WEIGHTS_FILE = "weights.jsonl"  # in the cache's root
 _FIRST_REASONS = 5
-
-
-class DirectorySettings(ScanSettings, BucketSettings, ClipSettings, Protocol):
-    """What a `[[directory]]` says, its inheritance from the top level resolved."""
-
-    @property
-    def num_repeats(self) -> float: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    @property
-    def is_regularization(self) -> bool: ...
 
 
 class Group(NamedTuple):
@@ -70,14 +52,6 @@ class CaptionJob(NamedTuple):
 Job = PixelJob | CaptionJob | MaskJob
 
 
-class Cut(NamedTuple):
-    """What scanning and cutting come to."""
-
-    clips: list[Clip]
-    skipped: list[Skipped]
-    notices: list[str]  # what was done to clips that a person should know of
-
-
 class Count(NamedTuple):
     """Distinct entries of one kind."""
 
@@ -97,6 +71,7 @@ class Manifest:
     empty_text_key: str  # of the empty caption, which dropout uses; "" where no encoder reads captions
     contents: dict[str, str] = field(default_factory=dict)  # content hash -> path, of the media in `entries`
     notices: list[str] = field(default_factory=list)  # what was done to clips that a person should know of
+    held_out: bool = False  # of each sample the first turn alone is used
 
     def save(self, path: Path) -> None:
         """Write it whole as JSON, for the other ranks."""
@@ -112,10 +87,11 @@ class Manifest:
         return hashlib.blake2b("".join(sorted(e.sample_id for e in self.entries)).encode(), digest_size=16).hexdigest()
 
     def without(self, failed: Mapping[str, Skipped]) -> "Manifest":
-        """Less the entries of which anything could not be made; `failed` is the cache's key -> why."""
+        """Less the entries of which anything could not be made; `failed` is the cache's key -> why. Uses that are lost
+        to black masks are no such thing, see `settled`."""
         lost = self.lost_with(failed)
         reasons = dict.fromkeys(failed[key] for entry in self.entries for key in entry.media_keys if key in failed)
-        masks = ((failed[key], entry) for entry in self.entries for key in entry.mask_keys if key in failed)
+        masks = ((failed[key], of) for of in self.entries for key in of.mask_keys if key in failed)
         reasons |= dict.fromkeys(why._replace(reason=f"as the mask of {of.name}: {why.reason}") for why, of in masks)
         return replace(
             self,
@@ -123,6 +99,32 @@ class Manifest:
             skipped=[*self.skipped, *reasons],
             jobs={kind: [job for job in jobs if job.key not in lost] for kind, jobs in self.jobs.items()},
         )
+
+    def settled(self, black: Container[str]) -> "Manifest":
+        """Once all loss masks are made: less the turns of which the mask is `black`, where the sample has others, and
+        of what is held out less all turns but the first of these."""
+        lit = self.lit(black)
+        entries = [entry.of_turns([0]) if entry.num_turns > 1 else entry for entry in lit.entries]
+        return lit.with_entries(entries) if self.held_out else lit
+
+    def lit(self, black: Container[str]) -> "Manifest":
+        """Less the turns of which the mask is `black`, where the sample has others."""
+        entries = [entry.lit(black) for entry in self.entries]
+        uses = [old.num_turns - new.num_turns for old, new in zip(self.entries, entries, strict=True)]
+        if not any(uses):
+            return self
+        notice = uses_left_out(sum(uses), sum(map(bool, uses)))
+        return replace(self.with_entries(entries), notices=[*self.notices, notice])
+
+    def with_entries(self, entries: list[Entry]) -> "Manifest":
+        """The same samples, of which fewer turns are used: what they no longer need is not made."""
+        needed: set[str] = set()
+        for entry in entries:
+            needed.update(entry.media_keys, entry.mask_keys)
+        jobs = {
+            kind: [job for job in wanted if kind == TEXT or job.key in needed] for kind, wanted in self.jobs.items()
+        }
+        return replace(self, entries=entries, jobs=jobs)
 
     def lost_with(self, failed: Collection[str]) -> set[str]:
         """`failed` and every other key of the clips that they are of, but for what others need: a clip counts whole or
@@ -132,6 +134,12 @@ class Manifest:
         for entry in self.entries:
             (kept if entry.is_free_of(failed) else lost).update(entry.media_keys, entry.mask_keys)
         return lost - kept
+
+
+def uses_left_out(uses: int, clips: int) -> str:
+    """What is told of so many uses of so many clips, whose masks are black."""
+    what = "1 crop or start" if uses == 1 else f"{uses} crops or starts"
+    return f"{what} of {plural(clips, 'clip')}: left out, since the loss mask is black there; their others stay"
 
 
 def build_manifest(
@@ -145,6 +153,7 @@ def build_manifest(
     skip_bad_media: bool = False,
     regenerate: bool = False,
     progress: Progress | None = None,
+    held_out: bool = False,
 ) -> Manifest:
     """Scan, cut and look up one dataset.
 
@@ -153,6 +162,7 @@ def build_manifest(
         encoders: at most one of them reads captions.
         workers: processes that read files not seen before.
         regenerate: plan every entry anew, whatever the cache holds.
+        held_out: the first turn of each sample is all that is used, and so all that is made.
 
     Raises:
         ValueError: a setting is wrong, media cannot be read (all are listed), or nothing is left to train on.
@@ -170,43 +180,18 @@ def build_manifest(
     groups = [Group.of(settings) for settings in directories]
     keys = Keys(encoders, FingerprintIndex(store.root / WEIGHTS_FILE))
     entries, wanted, empty = _collect(clips, groups, keys, spec)
-    missing = {
-        kind: [jobs[key] for key in jobs if key in absent]
-        for kind, jobs in wanted.items()
-        for absent in [jobs if regenerate else lacking(store, kind, jobs)]
-    }
-    return Manifest(
+    whole = Manifest(
         entries=entries,
         groups=groups,
         skipped=skipped,
-        jobs=missing,
-        counts={kind: Count(len(jobs), len(jobs) - len(missing[kind])) for kind, jobs in wanted.items()},
+        jobs={kind: [*jobs.values()] for kind, jobs in wanted.items()},
+        counts={},
         empty_text_key=empty,
         contents={clip.media.content_hash: str(clip.media.path) for clip in clips},
         notices=notices,
+        held_out=held_out,
     )
-
-
-def cut_dataset(
-    directories: Sequence[DirectorySettings],
-    *,
-    spec: MediaSpec,
-    clip_mode: str,
-    store: CacheStore,
-    workers: int,
-    progress: Progress | None = None,
-) -> Cut:
-    """The clips of one dataset, and every file that gives none. Arguments and `ValueError` as in `build_manifest`."""
-    index, archives = StatIndex(store.root / PROBES_FILE), store.root / ARCHIVES_FOLDER
-    clips: list[Clip] = []
-    skipped: list[Skipped] = []
-    notices: list[str] = []
-    for group, settings in enumerate(directories):
-        found, left_out, told = _clips_of(settings, group, spec, clip_mode, workers, index, archives, progress)
-        clips += found
-        skipped += left_out
-        notices += told
-    return Cut(clips, skipped, notices)
+    return _lacking(whole, store, regenerate)
 
 
 def overlap(train: Manifest, held_out: Manifest) -> list[str]:
@@ -215,61 +200,20 @@ def overlap(train: Manifest, held_out: Manifest) -> list[str]:
     return [f"{held_out.contents[digest]} is also a training file: {train.contents[digest]}" for digest in shared]
 
 
-def _clips_of(
-    settings: DirectorySettings,
-    group: int,
-    spec: MediaSpec,
-    clip_mode: str,
-    workers: int,
-    index: StatIndex,
-    archives: Path,
-    progress: Progress | None,
-) -> Cut:
-    """`cut_dataset` of one directory."""
-    folder = Path(settings.path)
-    try:
-        rules = ClipRules.of(settings, clip_mode)
-        table = bucket_table(settings, spec, rules.any_length)
-    except ValueError as error:
-        raise ValueError(f"[[directory]] path = {str(folder)!r}: {error}") from error
-    media, skipped, notices = scan_directory(
-        settings, workers=workers, index=index, archives=archives, progress=progress
-    )
-    clips: list[Clip] = []
-    short = small = alone = 0
-    for file in media:
-        cut = cut_clips(file, table, rules, group)
-        if isinstance(cut, Skipped):
-            skipped.append(cut)
-        elif short_mask := next(filter(None, map(too_short, cut)), None):
-            skipped.append(Skipped(file.path, short_mask, bad=True))
-        else:
-            clips += cut
-            short += is_short(cut[0], table, rules)
-            small += is_small(cut[0], table, rules)
-            alone += file.is_video and cut[0].bucket.frames == 1
-    if alone and (rules.any_length or max(table.frame_lengths()) > 1):
-        notices.append(f"{folder}: {'1 video fills' if alone == 1 else f'{alone} videos fill'} no bucket: stills alone")
-    if short:
-        notices.append(_of_short(folder, short, rules.short_clips))
-    if small:
-        which = "1 file is smaller than its bucket" if small == 1 else f"{small} files are smaller than their buckets"
-        done = "are trained at the largest size of their bucket's shape, or of size_buckets, that they fill"
-        notices.append(f"{folder}: {which}; with bucket_no_upscale = true such {done}")
-    return Cut(clips, skipped, notices)
-
-
-_SHORT = {
-    "loop": "start again from the first frame until it is full",
-    "pad": "hold the last frame until it is full",
-    "smaller_bucket": "are trained at the longest length that they fill",
-}
-
-
-def _of_short(folder: Path, count: int, how: str) -> str:
-    which = "1 video is" if count == 1 else f"{count} videos are"
-    done = _SHORT[how]
-    return f"{folder}: {which} shorter than every bucket; with short_clips = '{how}' such {done}"
+def _lacking(whole: Manifest, store: CacheStore, regenerate: bool) -> Manifest:
+    """`whole`, whose jobs are everything that it needs, with those that the cache lacks alone."""
+    black = frozenset[str]() if regenerate or MASK not in whole.jobs else known_black(store.root)
+    lit = whole.lit(black)
+    masks = [job.key for job in lit.jobs.get(MASK, ())]
+    if not (masks and regenerate) and not lacking(store, MASK, masks):  # else `precache` finds out what is black
+        lit = lit.settled(black)
+    missing = {
+        kind: jobs if regenerate else [job for job in jobs if job.key in absent]
+        for kind, jobs in lit.jobs.items()
+        for absent in [() if regenerate else lacking(store, kind, [job.key for job in jobs])]
+    }
+    counts = {kind: Count(len(jobs), len(jobs) - len(missing[kind])) for kind, jobs in lit.jobs.items()}
+    return replace(lit, jobs=missing, counts=counts)
 
 
 def _nothing_left(directories: Sequence[DirectorySettings], skipped: Sequence[Skipped]) -> str:
@@ -304,7 +248,7 @@ def _collect(
         media, media_keys, mask_keys = clip.media, (), ()
         for turn in clip.each_turn():
             when = (turn.start, turn.fps, turn.bucket, turn.source_fps, turn.fill)
-            source = (media.path, media.is_video, *when, turn.framing)
+            source = (media.path, media.is_video, *when, turn.framing, media.is_video * media.width * media.height)
             found = keys.media(turn)
             media_keys += found
             for kind, key in zip(keys.media_kinds, found, strict=True):
@@ -349,14 +293,15 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "groups": [[str(group.path), *group[1:]] for group in manifest.groups],
         "skipped": [[str(item.path), item.reason, item.bad] for item in manifest.skipped],
         "clips": [
-            [str(path), is_video, str(start), str(fps), bucket, str(source_fps), fill, framing and framing.row()]
-            for path, is_video, start, fps, bucket, source_fps, fill, framing in clips
+            [str(path), is_video, str(start), str(fps), bucket, str(source_fps), fill, framing and framing.row(), px]
+            for path, is_video, start, fps, bucket, source_fps, fill, framing, px in clips
         ],
         "jobs": jobs,
         "counts": manifest.counts,
         "empty_text_key": manifest.empty_text_key,
         "contents": manifest.contents,
         "notices": manifest.notices,
+        "held_out": manifest.held_out,
     }
 
 
@@ -365,9 +310,9 @@ def _from_json(content: Mapping[str, Any]) -> Manifest:
     clips = [
         (
             *(Path(path), is_video, Fraction(start), Fraction(fps), Bucket(*bucket), Fraction(taken)),
-            *(fill and Fill(*fill), framing and Framing.of_row(framing)),
+            *(fill and Fill(*fill), framing and Framing.of_row(framing), px),
         )
-        for path, is_video, start, fps, bucket, taken, fill, framing in content["clips"]
+        for path, is_video, start, fps, bucket, taken, fill, framing, px in content["clips"]
     ]
 
     def of_pixels(row: Any) -> Job:
@@ -386,4 +331,5 @@ def _from_json(content: Mapping[str, Any]) -> Manifest:
         empty_text_key=content["empty_text_key"],
         contents=content["contents"],
         notices=content["notices"],
+        held_out=content["held_out"],
     )

@@ -22,6 +22,10 @@ _BLACK = 2.0  # of 255; codecs leave so much of what was painted black
 _NOT_DIMMED = 0.25  # of the brightness, where a contact sheet shows that nothing is trained
 
 
+class AllBlack(MediaError):
+    """A mask under which nothing of its clip would be trained."""
+
+
 class Strides(NamedTuple):
     """What one cell of the latents stands for."""
 
@@ -106,7 +110,8 @@ def mask_grid(job: MaskJob) -> np.ndarray:
     they stand for: the first frame, then `strides.frames` at a time.
 
     Raises:
-        MediaError: the file cannot be read, ends before the clip, or leaves nothing to train.
+        MediaError: the file cannot be read, or ends before the clip.
+        AllBlack: it leaves nothing to train.
     """
     frames, frame_stride = job.bucket.frames, job.strides.frames
     length = (frames - 1) // frame_stride + 1
@@ -121,9 +126,7 @@ def mask_grid(job: MaskJob) -> np.ndarray:
             of = (number + frame_stride - 1) // frame_stride
             grid[of] += _small(frame * inside, job.strides.pixels) / (frame_stride if of else 1)
     if grid.max() <= _BLACK:
-        raise MediaError(
-            job.path, f"the mask is black {_where(job)}: nothing would be trained; mend it or leave it out"
-        )
+        raise AllBlack(job.path, f"the mask is black {_where(job)}: nothing would be trained; mend it or leave it out")
     return np.rint(grid).astype(np.uint8)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, NamedTuple
 
 import torch
@@ -15,20 +15,18 @@ import torch
 from models.base import ClipEnds, Encoder, NotFiniteError
 from utils.data.cache import CacheStore, refuse_not_finite
 from utils.data.crew import Crew
-from utils.data.decode_pool import Decoded, PixelJob, decoded_bytes, decoded_clips
-from utils.data.handout import Handout, failure_of
-from utils.data.listing import Skipped, plural
+from utils.data.decode_pool import Decoded, PixelJob, decoded_bytes, decoded_clips, decoder_bytes_of
+from utils.data.handout import Handout
+from utils.data.listing import Skipped
 from utils.data.manifest import CaptionJob, Job, Manifest
 from utils.data.mask_encoder import MaskEncoder
-from utils.data.masks import MaskJob, mask_grid
-from utils.data.records import MASK, TEXT
+from utils.data.masks import AllBlack, MaskJob, mask_grid
+from utils.data.outcome import audit, black_of, failure_list, less_spared, num_wanted
+from utils.data.records import MASK
 from utils.data.room import full_disk_told
 from utils.data.scan import reason_of
 from utils.data.workers import DECODE_TIMEOUT, Progress, Silent, WorkerPool
 
-# NFS may hide a new file for so long from a machine that has looked for it before.
-_ARRIVAL_S = 40.0
-_LOOK_S = 0.5
 _ALL_REFUSED = 3  # clips that came out with NaN before any that did not: no further one is tried
 
 
@@ -47,6 +45,7 @@ class PrecacheReport:
     seconds: float
     failed: dict[str, Skipped]  # the cache's key -> why, one key a clip; only with skip_bad_media
     damaged: int = 0  # entries among `made` that were there, cut short, and were made anew
+    black: frozenset[str] = frozenset()  # loss masks: uses under which nothing would be trained, for `Manifest.settled`
 
 
 @dataclass
@@ -110,29 +109,29 @@ def precache(
         PeerLost: another rank has ended before its time.
         RuntimeError: entries are missing though nobody reported a failure.
     """
-    begun = monotonic()
-    made: dict[str, Made] = {}
-    failed: dict[str, Skipped] = {}
-    damaged = 0
+    begun, made = monotonic(), dict[str, Made]()
+    failed, damaged, black = dict[str, Skipped](), 0, frozenset[str]()
+    how = (device, workers, max(1, batch_size), decode_timeout_s, ring_bytes, progress or Silent())
     with nullcontext(crew) if crew else Crew.alone(store.root) as crew:
         # first, since they are soon made: what is wrong with one is told before the hours that clips take
         masks = [MaskEncoder()] if any(MASK in manifest.counts for manifest in manifests) else []
         for encoder in (*masks, *encoders):
             missing = _missing(manifests, encoder)
             jobs = _less_lost(missing, manifests, failed)
-            handout = Handout(store, encoder.kind, jobs, crew, regenerate=regenerate)
-            station = _Station(
-                store, crew, encoder, jobs, handout, device, workers, max(1, batch_size), decode_timeout_s, ring_bytes,
-                progress or Silent(),
-            )  # fmt: skip
-            lost, ours, mended = _fill(station, barrier)
+            lost, ours, mended = {}, 0, 0
+            if jobs:  # the same on every rank; where there are none, the cache may be one to read from alone
+                handout = Handout(store, encoder.kind, jobs, crew, regenerate=regenerate)
+                lost, ours, mended = _fill(_Station(store, crew, encoder, jobs, handout, *how), barrier)
+            there = num_wanted(manifests, encoder.kind) - len(missing) + len(jobs)
+            made[encoder.kind] = Made(ours, there - len(lost) - ours)
+            if encoder in masks:
+                black = black_of(lost, store.root if crew.rank == 0 else None)
+                lost, manifests = less_spared(lost, manifests, black)
             if lost and not skip_bad_media:
-                raise ValueError(_failure_list(lost, encoder.kind))
+                raise ValueError(failure_list(lost, encoder.kind))
             failed |= lost
             damaged += mended
-            there = _num_wanted(manifests, encoder.kind) - len(missing)
-            made[encoder.kind] = Made(ours, there + len(jobs) - len(lost) - ours)
-    return PrecacheReport(made, monotonic() - begun, failed, damaged)
+    return PrecacheReport(made, monotonic() - begun, failed, damaged, black)
 
 
 def _missing(manifests: Iterable[Manifest], encoder: Encoder) -> list[Job]:
@@ -151,20 +150,6 @@ def _less_lost(jobs: list[Job], manifests: Iterable[Manifest], failed: Collectio
     return [job for job in jobs if job.key not in lost]
 
 
-def _num_wanted(manifests: Iterable[Manifest], kind: str) -> int:
-    """Distinct entries of one kind that all datasets together need."""
-    wanted: set[str] = set()
-    for manifest in manifests:
-        if kind == TEXT:
-            wanted.add(manifest.empty_text_key)
-            wanted.update(key for entry in manifest.entries for key in entry.text_keys)
-        elif kind == MASK:
-            wanted.update(key for entry in manifest.entries for key in entry.mask_keys)
-        else:
-            wanted.update(key for entry in manifest.entries for of, key in entry.media() if of == kind)
-    return len(wanted)
-
-
 # --- one rank's share -------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +161,7 @@ def _fill(station: _Station, barrier: Callable[[], None]) -> tuple[dict[str, Ski
     crew.post(f"made-{kind}", station.made)
     crew.post(f"damaged-{kind}", station.handout.damaged)
     crew.meet(barrier)
-    lost = _audit(station.store, kind, station.jobs, crew)
+    lost = audit(station.store, kind, station.jobs, crew)
     return lost, crew.total(f"made-{kind}"), crew.total(f"damaged-{kind}")
 
 
@@ -208,6 +193,7 @@ def _encode_clips(station: _Station, ends_only: bool) -> None:
         ends_only,
         slot_bytes=decoded_bytes(station.jobs, ends_only),
         ring_bytes=station.ring_bytes,
+        decoder_bytes=decoder_bytes_of(station.jobs),
         ahead=station.handout.ahead,
     )
     # Closed by hand: after an error the traceback would keep the generator, and with it the workers, alive.
@@ -282,7 +268,7 @@ def _readable(decoded: Iterable[Decoded], station: _Station) -> Iterator[Decoded
 
 
 def _give_up(station: _Station, job: PixelJob | MaskJob, error: Exception) -> None:
-    station.handout.finish(job, (job.path, reason_of(error)))
+    station.handout.finish(job, Skipped(job.path, reason_of(error), bad=not isinstance(error, AllBlack)))
     station.progress.advance(1, job.path.name)
 
 
@@ -334,7 +320,7 @@ def _leave_out_not_finite(station: _Station, jobs: Sequence[Job], items: list, e
     station.refused.append(f"{error}" if job.name in str(error) else f"{job.name}: {error}")
     if station.encoder.reads == "caption" or (not station.made and len(station.refused) >= _ALL_REFUSED):
         raise ValueError(station.refused[0]) from error
-    station.handout.finish(job, (job.path, str(error)))
+    station.handout.finish(job, Skipped(job.path, str(error), bad=True))
     station.progress.advance(1, job.name)
 
 
@@ -359,32 +345,3 @@ def _own_part(station: _Station) -> str:
     if station.crew.world == 1 and not station.handout.came:
         return ""
     return f" (this rank: {station.made}, {station.made / max(monotonic() - station.begun, 1e-3):.3g}/s)"
-
-
-# --- what came of it --------------------------------------------------------------------------------------------------
-
-
-def _audit(store: CacheStore, kind: str, jobs: Sequence[Job], crew: Crew) -> dict[str, Skipped]:
-    """Key -> why, of the jobs that failed on whatever rank; every other one must have its entry."""
-    failed: dict[str, Skipped] = {}
-    patience = monotonic() + (_ARRIVAL_S if crew.world > 1 else 0)
-    for job in jobs:
-        while not store.has(kind, job.key):
-            if failure := failure_of(crew, job.key):
-                failed[job.key] = Skipped(*failure, bad=True)
-                break
-            if monotonic() > patience:
-                raise RuntimeError(
-                    f"{job.name} is missing from the cache at {store.path(kind, job.key)} after pre-caching, and no"
-                    " rank reported a failure; do all nodes see the same cache folder?"
-                )
-            sleep(_LOOK_S)
-    return failed
-
-
-def _failure_list(failed: dict[str, Skipped], kind: str) -> str:
-    lines = "".join(f"\n  {item.path}: {item.reason}" for item in failed.values())
-    noun, what = ("mask", "cannot be used") if kind == MASK else ("clip", "cannot be decoded")
-    one, several = ("its clip", "their clips") if kind == MASK else ("it", "them")
-    rest = one if len(failed) == 1 else several
-    return f"{plural(len(failed), noun)} {what} (skip_bad_media = true goes on without {rest}):{lines}"

@@ -48,7 +48,8 @@ class MediaFile:
     captions: tuple[str, ...]  # empty where there is none
     offset: Fraction = Fraction(0)  # s; where the part that may be used begins: `frames` and `duration` are the part's
     weight: float = 1.0  # what it counts in the loss, as its index file says
-    special: str = ""  # what decoding does beyond the ordinary: "pq", "hlg", "wide", "icc", "alpha", "mirrored", by +
+    # what decoding does beyond the ordinary: "pq", "hlg", "wide", "icc", "alpha", "mirrored", "clock", by +
+    special: str = ""
     mask: Mask | None = None
 
 
@@ -141,11 +142,11 @@ class Entry:
 
     def media(self) -> Iterator[tuple[str, str]]:
         """(kind, key) of everything encoded of its pixels."""
-        return zip(self.media_kinds * self._turns(), self.media_keys, strict=True)
+        return zip(self.media_kinds * self.num_turns, self.media_keys, strict=True)
 
     def media_of(self, turn: int) -> Iterator[tuple[str, str]]:
         """(kind, key) of what use number `turn` (from 0) reads."""
-        first = turn % self._turns() * len(self.media_kinds)
+        first = turn % self.num_turns * len(self.media_kinds)
         return zip(self.media_kinds, self.media_keys[first : first + len(self.media_kinds)], strict=True)
 
     def mask_of(self, turn: int) -> Iterator[tuple[str, str]]:
@@ -153,9 +154,23 @@ class Entry:
         if self.mask_keys:
             yield MASK, self.mask_keys[turn % len(self.mask_keys)]
 
+    def of_turns(self, turns: Sequence[int]) -> "Entry":
+        """The same sample, whose uses take these of its turns alone."""
+        size = len(self.media_kinds)
+        media = [key for turn in turns for key in self.media_keys[turn * size : (turn + 1) * size]]
+        masks = tuple(self.mask_keys[turn] for turn in turns) if self.mask_keys else ()
+        return replace(self, media_keys=tuple(media), mask_keys=masks)
+
+    def lit(self, black: Container[str]) -> "Entry":
+        """Without the turns of which the mask is one of these, all black; itself where no turn would be left."""
+        turns = [turn for turn, key in enumerate(self.mask_keys) if key not in black]
+        return self.of_turns(turns) if 0 < len(turns) < len(self.mask_keys) else self
+
     def is_free_of(self, keys: Container[str]) -> bool:
         """Whether the sample needs none of these entries of the cache, captions aside."""
         return not any(key in keys for key in (*self.media_keys, *self.mask_keys))
 
-    def _turns(self) -> int:
-        return len(self.media_keys) // len(self.media_kinds) if self.media_kinds else 1
+    @property
+    def num_turns(self) -> int:
+        """What its uses take in turn: starts, crops, mirror images."""
+        return len(self.media_keys) // len(self.media_kinds) if self.media_kinds else max(1, len(self.mask_keys))

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from utils.monitor.console import short_bytes
 
 GIB = 2**30
 FREE_SHARE = 0.25  # of the host's free memory that decoded clips may take, where nothing is set
+_TRIAL_BYTES = 4096  # a full disk has room for an empty file
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a container may use and uses, by version of control groups; see the kernel's cgroup-v2 and cgroup-v1/memory.
 _LIMITS = (
@@ -23,6 +25,16 @@ _LIMITS = (
         "/sys/fs/cgroup/memory/memory.stat",
     ),
 )
+
+
+def unwritable(root: Path) -> str:
+    """Why nothing can be written to the folder `root`, in the system's words; "" where a trial goes well."""
+    try:
+        with tempfile.TemporaryFile(dir=root, buffering=0) as file:  # rights tell little: of root's on NFS, say
+            file.write(bytes(_TRIAL_BYTES))
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
 
 
 def require_disk(root: Path, need: int) -> None:

@@ -20,7 +20,7 @@ from utils.data.workers import Progress, Silent, WorkerLost, WorkerPool
 
 _PROBE_TIMEOUT_S = 120.0
 _fraction = lru_cache(2**16)(Fraction)  # files of one dataset have few rates and lengths, and to read one takes 5 us
-_PROBE_VERSION = 2  # raise it when `probe` tells other numbers of the same file
+_PROBE_VERSION = 3  # raise it when `probe` tells other numbers of the same file
 
 
 class ScanSettings(CaptionSettings, Protocol):

@@ -55,7 +55,8 @@ class ScanMemory:
             return None
         try:
             manifest = Manifest.load(self._path)
-            os.utime(self._path)  # so that one can tell which are in use
+            with contextlib.suppress(OSError):  # a cache of somebody else, perhaps
+                os.utime(self._path)  # so that one can tell which are in use
         except (OSError, ValueError, LookupError, TypeError) as error:
             logger.debug("%s cannot be read, so the dataset is scanned: %s", self._path, error)
             return None

@@ -25,7 +25,8 @@ class StatIndex:
     """File -> JSON value, valid while size, modification time and inode stay the same.
 
     Kept as lines of JSON to which new findings are appended, so a scan that is killed keeps what it had. A line that
-    cannot be read is as good as absent: its file is looked at again.
+    cannot be read is as good as absent: its file is looked at again. So is one that cannot be written, since a cache
+    from which everything is read may be somebody else's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,10 +46,11 @@ class StatIndex:
         """Remember `value`, which must not be None."""
         key, stamp = os.path.abspath(path), _stamp(path)
         self._known[key] = (stamp, value)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # One write of one line in append mode, so that runs which share the file do not tear each other's lines.
-        with self._path.open("ab", buffering=0) as file:
-            file.write(_line(key, stamp, value))
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # One write of one line in append mode, so that runs which share the file do not tear each other's lines.
+            with self._path.open("ab", buffering=0) as file:
+                file.write(_line(key, stamp, value))
 
     def _load(self) -> int:
         if not self._path.exists():
@@ -65,8 +67,9 @@ class StatIndex:
 
     def _rewrite(self) -> None:
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(b"".join(_line(key, *found) for key, found in self._known.items()))
-        os.replace(temporary, self._path)
+        with contextlib.suppress(OSError):
+            temporary.write_bytes(b"".join(_line(key, *found) for key, found in self._known.items()))
+            os.replace(temporary, self._path)
 
 
 def _stamp(path: Path) -> list[int]:

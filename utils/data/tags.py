@@ -1,12 +1,14 @@
 """Reads what a video's tags say of its pictures: how they lie, what their colours mean, which parts are clear."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
@@ -49,15 +51,21 @@ def require_readable(path: Path, stream: VideoStream) -> None:
         raise MediaError(path, f"its colours are coded as {matrix}, which cannot be turned into RGB here; {mend}")
 
 
-def decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """The stream's frames from where `container` stands, with their clear parts where a decoder here gives them."""
+def decoded(container: InputContainer, stream: VideoStream, begun: Sequence[Packet] = ()) -> Iterator[VideoFrame]:
+    """The stream's frames from where `container` stands, with their clear parts where a decoder here gives them.
+
+    Args:
+        begun: packets that were read before, to be decoded first.
+    """
+    packets = chain(begun, container.demux(stream))
     name = _DECODERS.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
     if name not in av.codecs_available:
-        yield from container.decode(stream)
+        for packet in packets:
+            yield from packet.decode()
         return
     decoder = av.VideoCodecContext.create(name, "r")
     decoder.thread_count = 1
-    for packet in container.demux(stream):
+    for packet in packets:
         yield from decoder.decode(packet if packet.size else None)
 
 

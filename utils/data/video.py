@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import count
+from itertools import chain, count, islice
 from pathlib import Path
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -23,6 +24,7 @@ from utils.data.records import Framing
 # FFmpeg opens these whatever the suffix says; they are pictures, terminal art or play lists that name other files.
 _NOT_VIDEO = frozenset(["image2", "tty", "concat", "hls", "dash"])
 _SEEK_LEADS_S = (0, 10)
+_COARSE = Fraction(1, 4)  # of a frame's time, for a tick: half of it would be as good as the next frame
 
 
 @contextmanager
@@ -73,10 +75,14 @@ def probe_video(path: Path) -> Probe:
 
 def _first_frame(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, str]:
     """Width and height in px as shown, and what its pixels need beyond the ordinary."""
-    frame = next(tags.decoded(container, stream), None)
+    origin, begun = _begin(path, container, stream)
+    frame = next(tags.decoded(container, stream, begun), None)
     if frame is None:
         raise MediaError(path, "no frame of it can be decoded")
-    return *tags.shown_size(frame, stream), tags.special_of(stream, frame)
+    special = tags.special_of(stream, frame)
+    if origin != (stream.start_time or 0) or not _grace(stream):  # the first release took other frames of these
+        special = f"{special}+clock" if special else "clock"
+    return *tags.shown_size(frame, stream), special
 
 
 def _from_table(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction | None] | None:
@@ -129,6 +135,32 @@ def _require_whole(path: Path, container: InputContainer, end_s: Fraction) -> No
         )
 
 
+def _begin(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, list[Packet]]:
+    """Time stamp of the first frame, in ticks, and the packets that were read to know it.
+
+    FFmpeg's header tells it but for two formats. AVI has no time stamps: FFmpeg counts, from 1 where frames may have
+    to be reordered, and says that it began at 0. Matroska's may be negative: FFmpeg then gives none.
+    """
+    told = stream.start_time or 0
+    if not {"avi", "matroska"}.intersection(container.format.name.split(",")):
+        return told, []
+    begun = [packet for packet in islice(container.demux(stream), 1) if packet.size]
+    if container.format.name == "avi":
+        return begun[0].pts if begun and begun[0].pts is not None else told, begun
+    return _before_zero(path, told) if begun and begun[0].pts is None else told, begun
+
+
+def _before_zero(path: Path, told: int) -> int:
+    """The stamp that the first frame would have, by the rate and the number of those that have none."""
+    with _opened(path) as (container, stream):
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size]
+        known = [stamp for stamp in stamps if stamp is not None]
+        rate = stream.average_rate or stream.guessed_rate
+        if not known or not rate:
+            return told
+        return round(min(known) - (len(stamps) - len(known)) / (rate * stream.time_base))
+
+
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,13 +188,14 @@ def decode_video(
     seeks_s = [max(Fraction(0), wanted.begin_s - lead_s) for lead_s in _SEEK_LEADS_S]
     for seek_s in dict.fromkeys([*seeks_s, Fraction(0)]):
         with _opened(path) as (container, stream):
+            wanted.origin, begun = _begin(path, container, stream)
             if seek_s:
-                tick = (stream.start_time or 0) + math.floor(seek_s / stream.time_base)
+                tick, begun = wanted.origin + math.floor(seek_s / stream.time_base), []
                 try:
                     container.seek(tick, stream=stream, backward=True)
                 except av.FFmpegError:  # raw streams cannot be sought
                     continue
-            if _fill(wanted, tags.decoded(container, stream), stream, out, framing, sought=bool(seek_s)):
+            if _fill(wanted, tags.decoded(container, stream, begun), stream, out, framing, sought=bool(seek_s)):
                 return
 
 
@@ -176,6 +209,7 @@ class _Wanted:
         self, path: Path, start: Fraction, fps: Fraction, numbers: Sequence[int], source_fps: Fraction
     ) -> None:
         self.path, self.fps, self.begin_s = path, fps, start
+        self.origin = 0  # time stamp of the first frame, ticks
         self._start, self._numbers = start, numbers
         self._frames = [math.floor((start + i / fps) * source_fps) for i in numbers] if source_fps else None
         self._ticks: list[int] | None = None
@@ -196,21 +230,18 @@ class _Wanted:
         self.begin_s = (self._ticks[0] - origin) * time_base
 
     def due(self, stream: VideoStream) -> list[int]:
-        """Latest time stamp that counts as shown at each wanted frame, in ticks of `clock`.
-
-        Half a tick is given: containers round time stamps to their own clock (Matroska: 1 ms).
-        """
+        """Latest time stamp that counts as shown at each wanted frame, in ticks of `clock`."""
         if self._frames is not None:
             return self._frames if self._ticks is None else self._ticks
-        origin = (stream.start_time or 0) + Fraction(1, 2)
-        return [math.floor(origin + (self._start + i / self.fps) / stream.time_base) for i in self._numbers]
+        first = self.origin + _grace(stream)
+        return [math.floor(first + (self._start + i / self.fps) / stream.time_base) for i in self._numbers]
 
     def clock(self, stream: VideoStream) -> Callable[[VideoFrame], int]:
         """The moment of each frame, called on them in their order."""
         if self._counts:
             counted = count()
             return lambda frame: next(counted)
-        return _clock(stream)
+        return _clock(stream, self.origin)
 
     def grace(self, stream: VideoStream, last: VideoFrame) -> int:
         """Ticks that the file's last frame is on show: its own length, or one frame of either rate."""
@@ -232,10 +263,11 @@ def _stamps(path: Path) -> tuple[list[int] | None, int, Fraction]:
     Read from the packets: nothing is decoded.
     """
     with _opened(path) as (container, stream):
-        packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        origin, begun = _begin(path, container, stream)
+        packets = (packet for packet in chain(begun, container.demux(stream)) if packet.size and not packet.is_discard)
         stamps = [packet.pts for packet in packets]
         known = sorted(stamp for stamp in stamps if stamp is not None)
-        return known if len(known) == len(stamps) else None, stream.start_time or 0, stream.time_base
+        return known if len(known) == len(stamps) else None, origin, stream.time_base
 
 
 def _fill(
@@ -254,7 +286,7 @@ def _fill(
     for frame in decoded:
         tick = clock(frame)
         if shown is None:
-            if sought and tick > writer.due[0]:
+            if sought and (frame.pts is None or tick > writer.due[0]):
                 return False
             shown = frame  # stands in for anything asked of the time before it
         if writer.write_until(shown, tick):
@@ -270,17 +302,24 @@ def _fill(
     return True
 
 
-def _clock(stream: VideoStream) -> Callable[[VideoFrame], int]:
-    """Time stamp of each frame in ticks; counted where the file has none (raw streams, some AVI)."""
+def _grace(stream: VideoStream) -> Fraction:
+    """Ticks by which a time stamp may be late: containers round them to their own clock (Matroska: 1 ms). Where that
+    ticks about once a frame (AVI, Ogg) they are exact."""
+    rate = stream.average_rate or stream.guessed_rate
+    return Fraction(0) if rate and rate * stream.time_base > _COARSE else Fraction(1, 2)
+
+
+def _clock(stream: VideoStream, origin: int) -> Callable[[VideoFrame], int]:
+    """Time stamp of each frame in ticks; counted from `origin` where the file has none (raw streams, some AVI)."""
     rate = stream.average_rate or stream.guessed_rate
     step = 1 / (rate * stream.time_base) if rate else Fraction(1)
-    counted = Fraction(stream.start_time or 0)
+    counted = Fraction(origin)
 
     def tick(frame: VideoFrame) -> int:
         nonlocal counted
-        now = frame.pts if frame.pts is not None else round(counted)
+        now = counted if frame.pts is None else Fraction(frame.pts)
         counted = now + step
-        return now
+        return round(now)
 
     return tick
 

@@ -1,5 +1,6 @@
 """Remembers which cache entries were found whole: after that a start only asks the disk for their size and time."""
 
+import contextlib
 import os
 import struct
 from collections.abc import Collection, Mapping
@@ -36,7 +37,8 @@ def lacking(store: CacheStore, kind: str, keys: Collection[str]) -> set[str]:
         else:
             absent.add(key)
     if news:  # another run may write at the same time; what it found is then looked at once more
-        _write(memory, known | news)
+        with contextlib.suppress(OSError):  # so is what cannot be written
+            _write(memory, known | news)
     return absent
 
 

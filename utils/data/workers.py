@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import os
 import pickle
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
@@ -11,10 +13,14 @@ from typing import Any, NamedTuple, Protocol
 
 import multiprocess
 import multiprocess.connection
+import multiprocess.resource_tracker
 
 _SPAWN = multiprocess.get_context("spawn")
 _START_TIMEOUT_S = 300.0  # imports from a network disk can take minutes
 _SLICE_S = 1.0  # of waiting; one that takes much longer tells that this process was stopped (Ctrl-Z)
+# Terminals, launchers and Slurm send them to all processes of a job. They are for the parent, which ends its workers:
+# one that they reach first would look like a clip that kills its decoder.
+_PARENTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 _STARTED = -1  # index of the message by which a worker says that its imports are done
 
 
@@ -191,7 +197,8 @@ class _Worker:
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.pipe, theirs = multiprocess.connection.Pipe()
         self.process = _SPAWN.Process(target=_serve, args=(theirs, function), daemon=True)
-        self.process.start()
+        with _out_of_reach():
+            self.process.start()
         theirs.close()  # so that the pipe ends when the process does
         self.queue: deque[tuple[int, Any]] = deque()
         self.since = monotonic()  # when it last showed life, or was last idle
@@ -218,9 +225,22 @@ class _Worker:
         self.pipe.close()
 
 
+@contextlib.contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Processes that are started meanwhile never see the signals that are for this one. It loses none itself: they are
+    delivered afterwards, or to another of its threads."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
+    try:
+        multiprocess.resource_tracker.ensure_running()  # the first time it unblocks two of them again
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(pipe: Any, function: Callable[[Any], Any]) -> None:
     """The life of a worker process: it ends with its parent, whose end of the pipe then closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then kills this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         pipe.send((_STARTED, None, None))
         while True:
@@ -229,6 +249,13 @@ def _serve(pipe: Any, function: Callable[[Any], Any]) -> None:
             pipe.send((index, outcome.value, outcome.error))
     except (EOFError, OSError):
         return
+
+
+def _end_with_parent() -> None:
+    """Also in the middle of an item, which may take minutes, or for ever on a disk that hangs."""
+    if parent := multiprocess.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> Outcome:

@@ -4,6 +4,7 @@ Order of use: `quiet_libraries()` before anything heavy is imported, `terminal()
 `log_to_file()` once the run folder is known. `captured_output()` goes around engine building, where libraries print.
 """
 
+import io
 import logging
 import os
 import sys
@@ -39,6 +40,20 @@ LEVEL_STYLES = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error
 NON_TERMINAL_WIDTH = 120  # columns; a log file has no edge, and 80 would cut tables
 
 
+class Forgiving(io.TextIOWrapper):
+    """A terminal may go, as where an ssh connection drops: that nobody reads any more is no reason to end a run, least
+    of all in the middle of its checkpoint. The log file has it all."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
 def terminal() -> Console:
     """The console that everything shown to people goes through.
 
@@ -46,7 +61,7 @@ def terminal() -> Console:
     to the log file. One console for log lines, tables and the live line keeps them from tearing each other.
     """
     sys.stdout.flush()
-    copy = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding or "utf-8", errors="replace")
+    copy = Forgiving(os.fdopen(os.dup(1), "wb"), sys.stdout.encoding or "utf-8", "replace", line_buffering=True)
     width = None if copy.isatty() or "COLUMNS" in os.environ else NON_TERMINAL_WIDTH
     return Console(file=copy, width=width, highlight=False)
 

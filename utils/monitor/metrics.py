@@ -42,6 +42,11 @@ def eval_tag(dataset: str, quantile: float | None = None) -> str:
     return f"{dataset}/loss" if quantile is None else f"{dataset}/loss_quantile_{quantile:.2f}"
 
 
+def eval_others_tag(dataset: str) -> str:
+    """`<dataset>/loss_without_bad`: written beside a loss that is not finite, of the samples that are."""
+    return f"{dataset}/loss_without_bad"
+
+
 def of_expert(tag: str, expert: str) -> str:
     """`train/loss_high` where several models are trained in turns; the tag itself where one is, which has no name."""
     return f"{tag}_{expert}" if expert else tag
@@ -191,11 +196,16 @@ def _jsonable(value: float) -> float | str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, values of "nan" and the like as floats; torn lines are left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in _lines(path):
         record = _parsed(line)
         if record is not None:
             records.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in record.items()})
     return records
+
+
+def _lines(path: Path) -> list[str]:
+    """A power cut may leave any bytes at the end."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -214,7 +224,9 @@ def drop_lines_after(path: Path, step: int) -> Point | None:
     """
     if not path.exists():
         return None
-    lines = [(line, _parsed(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [(line, _parsed(line)) for line in _lines(path)]
+    if lines and not path.read_bytes().endswith(b"\n"):
+        lines.append(("", None))  # torn before its end: the next one would be written behind it
     kept = [(line, record) for line, record in lines if record is not None and record["step"] <= step]
     if len(kept) < len(lines):
         temporary = path.with_name(path.name + ".tmp")
@@ -229,7 +241,7 @@ def drop_lines_after(path: Path, step: int) -> Point | None:
 def tags_at(path: Path, step: int) -> set[str]:
     """All that was logged at the step, which must be the last one of the file."""
     found: set[str] = set()
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+    for line in reversed(_lines(path)):
         record = _parsed(line)
         if record is not None and record["step"] < step:
             break

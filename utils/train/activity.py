@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from utils.data.workers import Progress
@@ -70,6 +71,17 @@ class Activity:
         count = self._counts.get(what, 0)
         self._counts[what] = count + 1
         self.doing = Doing(what, time.monotonic(), count, peers, self._patience)
+
+    @contextmanager
+    def aside(self, phase: str) -> Iterator[None]:
+        """Something long in between, after which this rank is where it was."""
+        before = self.phase, self._batches, self._patience, self._counts, self.doing
+        self.begin(phase, patience=LONG)
+        try:
+            yield
+        finally:
+            self.phase, self._batches, self._patience, self._counts, doing = before
+            self.doing = doing._replace(since=time.monotonic())
 
     def idle_s(self, now: float) -> float:
         """Seconds since this rank last moved."""

@@ -40,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 SLOW_DISK_BYTES_PER_S = 100e6
 STEP_KEYS = ("lr_scheduler", "warmup_steps", "force_constant_lr", "gradient_clipping")
+ADAPTER_KEYS = ("type", "dropout", "factor", "decompose_both", "dtype")  # beside alpha; the rest shows in the tensors
+LENGTH = "total steps"
 CLIPS = "clips and captions"
+HELD_OUT = "the clips of eval dataset "
 DATA_COURSE = (CLIPS, "weight", "regularization sets", "loss masks")
 
 
@@ -56,14 +59,13 @@ def build_run(job: Job, data: Prepared) -> Run:
         expert.built.engine.activity = job.activity
     data_ranks = engine.grid.get_data_parallel_world_size()
     plan = make_plan(config, data.train, data_ranks, job.family.tokens)
-    course = course_of(config, plan, data.train) | turns(job.family) | quiet_course(job.loaded)
-    course |= {"model": job.family.title, **data_course(data.train)}
+    course = whole_course(job, data, plan)
     state, meters, owed = TrainState(), Meters(), ()
     if job.resume:
         job.activity.begin("reading the checkpoint", patience=LONG)
-        loaded = resume(job, experts, course, meters)
+        loaded = resume(job, experts, course, meters, lambda state: length_course(config, plan, state))
         state, owed = loaded.state, loaded.owed
-    total = total_steps(config, plan, state)
+    course |= length_course(config, plan, state)
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     display = LiveLine(job.console, enabled=dist.is_main(), steps_per_print=config.steps_per_print)
     dataset_at = training_sets(job, data, experts, state.data_start)
@@ -81,7 +83,7 @@ def build_run(job: Job, data: Prepared) -> Run:
         plan=plan,
         loader=StepLoader(dataset_at, plan, engine.data_rank, state.plan_step) if reads_data else None,
         eval_sets=eval_sets(job, data),
-        settings=loop_settings(config, total),
+        settings=loop_settings(config, total_steps(config, plan, state)),
         state=state,
         course=course,
         metrics=metrics_writer(job, state.step if job.resume else None),
@@ -106,6 +108,12 @@ def build_run(job: Job, data: Prepared) -> Run:
     return run
 
 
+def whole_course(job: Job, data: Prepared, plan: EpochPlan) -> dict[str, Any]:
+    """All that makes a run what it is, but for its length."""
+    course = course_of(job.config, plan, data.train) | turns(job.family) | quiet_course(job.loaded)
+    return {**course, "model": job.family.title, **data_course(data.train), **held_out_course(data)}
+
+
 def metrics_writer(job: Job, resume_step: int | None) -> MetricsWriter:
     return MetricsWriter(
         job.run_dir,
@@ -126,8 +134,17 @@ def introduce(job: Job, data: Prepared, run: Run, ranks: list[list[int]]) -> Non
     tell.plan(job.console, job.config, job.family, run, ranks)
 
 
-def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -> Loaded:
+def resume(
+    job: Job,
+    experts: Experts,
+    course: Mapping[str, Any],
+    meters: Meters,
+    course_from: Callable[[TrainState], Mapping[str, Any]] = lambda _: {},
+) -> Loaded:
     """Fill weights, optimizers and meters from the checkpoint; what else it says, with the state to go on from.
+
+    Args:
+        course_from: what belongs to the course beside `course`, and hangs on that state.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the data would come in another order.
@@ -136,21 +153,24 @@ def resume(job: Job, experts: Experts, course: dict[str, Any], meters: Meters) -
     parts = {n: Part(e.built.trained, None if fresh else e.built.optimizer) for n, e in experts.items()}
     loaded = checkpoint_read.load(job.resume, parts)
     meters.load_state_dict(loaded.meters)
-    quiet = {key: course[key] for key in (*quiet_course(job.loaded), *DATA_COURSE) if key in course}
+    harmless = {*quiet_course(job.loaded), *DATA_COURSE}
+    quiet = {key: value for key, value in course.items() if key in harmless or key.startswith(HELD_OUT)}
     if job.flags.reset_dataloader:
-        course = quiet
+        course, loaded = quiet, loaded._replace(state=loaded.state.restarted(loaded.epochs_done))
     else:  # what does not touch the order is no reason for another one
         decisive = {key: value for key, value in course.items() if key not in quiet}
         refuse_other_order(job.resume, loaded.course, decisive)
-    for change in checkpoint.course_changes(loaded.course, course):
+    for change in checkpoint.course_changes(loaded.course, {**course, **course_from(loaded.state)}):
         logger.warning("changed since the checkpoint: %s", _in_words(change))
-    if job.flags.reset_dataloader:
-        return loaded._replace(state=loaded.state.restarted(loaded.epochs_done))
     return loaded
 
 
 def _in_words(change: str) -> str:
     """Two numbers tell nobody what it is that differs."""
+    if change.startswith((HELD_OUT, "eval_seed ")):
+        return f"{change}: evaluations of before and of now cannot be compared"
+    if change.startswith(f"{LENGTH} "):
+        return f"{change}: the learning rate, which goes down until then, is another one from here on"
     if not change.startswith(f"{CLIPS} "):
         return change
     return (
@@ -180,8 +200,23 @@ def quiet_course(loaded: LoadedConfig) -> dict[str, Any]:
     settings = {f"model.{key}": value for key, value in model.model_dump(mode="json", exclude=paths).items()}
     settings |= {f"optimizer.{key}": value for key, value in config.optimizer.model_dump(mode="json").items()}
     settings |= {key: getattr(config, key) for key in STEP_KEYS}
-    alpha = config.adapter and config.adapter.alpha
-    return {"alpha": alpha, "fuse_adapters": fused, "pseudo_huber_c": config.pseudo_huber_c, **settings}
+    adapter = config.adapter
+    settings |= {f"adapter.{key}": getattr(adapter, key) for key in ADAPTER_KEYS if adapter}
+    alpha = adapter and adapter.alpha
+    told = {"alpha": alpha, "fuse_adapters": fused, "pseudo_huber_c": config.pseudo_huber_c, **settings}
+    return {**told, "eval_seed": config.eval_seed}
+
+
+def held_out_course(data: Prepared) -> dict[str, str]:
+    """What each eval dataset holds."""
+    held_out = {name: manifest for name, manifest in data.manifests.items() if name != TRAIN}
+    return {f"{HELD_OUT}{name}": _number([e.sample_id for e in held.entries]) for name, held in held_out.items()}
+
+
+def length_course(config: RunConfig, plan: EpochPlan, state: TrainState) -> dict[str, int]:
+    """How long the run is, where each learning rate hangs on that."""
+    decays = config.force_constant_lr is None and config.lr_scheduler != "constant"
+    return {LENGTH: total_steps(config, plan, state)} if decays else {}
 
 
 def data_course(train: Manifest) -> dict[str, Any]:

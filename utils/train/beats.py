@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +13,7 @@ from utils.data.liveness import born_at
 from utils.train.activity import Activity, Doing
 
 FOLDER = "alive"
+LEFT_S = 24 * 3600.0  # without a beat: nobody comes back to look at why a start in a folder of its own has ended
 
 
 class Beat(NamedTuple):
@@ -76,6 +79,15 @@ def is_gone(beat: Beat, host: str) -> bool:
     with suppress(OSError):
         return beat.host == host and not born_at(beat.pid)
     return False
+
+
+def clear_left(parent: Path, prefix: str) -> None:
+    """Take away the folders of starts that were killed, a day after they last moved."""
+    for folder in parent.glob(f"{prefix}*"):
+        with suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+            if time.time() - newest > LEFT_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def who_waits(beats: Sequence[tuple[Beat, float]], world: int) -> str:

@@ -172,13 +172,7 @@ def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.de
         ValueError: the cut or the weights do not fit; says which key or file.
     """
     skeleton, layers, bounds = cut_model(family, settings)
-    has_dropout = settings.adapter is not None and settings.adapter.dropout > 0
-    runner = LayerRunner(
-        autocast=None if family.compute_dtype == torch.float32 else family.compute_dtype,
-        checkpointing=settings.checkpointing,
-        offload=settings.offload_checkpoints,
-        dropout_seed=settings.seed if has_dropout else None,
-    )
+    runner = runner_of(family, settings)
     weights = fused_weights(family, settings)
     start = starting_adapter(family, settings.adapter, weights)
     fill = parameter_filler(skeleton, weights, start, settings.seed, device)
@@ -194,6 +188,17 @@ def build_engine(family: ModelFamily, settings: EngineSettings, device: torch.de
     if settings.compile:
         module.compile_layers()
     return Built(engine, optimizer, trained, base_of(family, settings))
+
+
+def runner_of(family: ModelFamily, settings: EngineSettings) -> LayerRunner:
+    """How the family's layers are run."""
+    has_dropout = settings.adapter is not None and settings.adapter.dropout > 0
+    return LayerRunner(
+        autocast=None if family.compute_dtype == torch.float32 else family.compute_dtype,
+        checkpointing=settings.checkpointing,
+        offload=settings.offload_checkpoints,
+        dropout_seed=settings.seed if has_dropout else None,
+    )
 
 
 def base_of(family: ModelFamily, settings: EngineSettings) -> Callable[[], WeightSource] | None:

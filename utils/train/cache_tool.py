@@ -19,8 +19,8 @@ from utils.data.archives import Stored, remove, stored
 from utils.data.cache import CacheStore
 from utils.data.care import Found, busy, damage_of, drop_dead_claims, encoder_of, entries, leftovers, look_at_all
 from utils.data.crew import sweep
+from utils.data.cutting import ARCHIVES_FOLDER, PROBES_FILE
 from utils.data.inspection import LOOKS_FILE
-from utils.data.manifest import ARCHIVES_FOLDER, PROBES_FILE
 from utils.data.scan_memory import forget_scans
 from utils.data.uses import Use, forget_uses, keys_of, recorded_uses
 from utils.data.whole import forget

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,18 +11,20 @@ from safetensors import safe_open
 from torch import nn
 
 from utils import dist
-from utils.data.stat_index import hash_file
 from utils.train.beside import Beside
 from utils.train.checkpoint import (
     STATE,
     CheckpointError,
     Part,
+    damaged,
     explain,
     manifest_of,
-    step_of,
+    name_another,
+    save_of,
     sweep,
 )
 from utils.train.disk import attempt, first_trouble
+from utils.train.export import clear_saved
 from utils.train.optimizers import load_optimizer_state_by_name, merge_optimizer_states
 from utils.train.state import TrainState
 
@@ -39,18 +41,20 @@ class Loaded(NamedTuple):
     owed: tuple[str, ...] = ()  # what was due at its step and not done any more, see `utils.train.saving`
 
 
-def load(folder: Path, parts: Mapping[str, Part]) -> Loaded:
+def load(folder: Path, parts: Mapping[str, Part], *, is_ours: bool = True) -> Loaded:
     """Fill this stage's parameters and optimizers, by expert, from a checkpoint of any number of stages. Every rank
-    calls this; what saves that were cut short left beside `folder` is removed.
+    calls this.
 
     Each rank reads and checks the files that it takes tensors from, and no other.
 
+    Args:
+        is_ours: what saves that were cut short left beside `folder` is removed; not where another start may be at work.
+
     Raises:
-        CheckpointError: damaged, on all ranks alike; or made by a run that trained other models or tensors.
+        CheckpointError: damaged or not the same for all, on all ranks alike; or made by a run that trained other models
+            or tensors.
     """
-    manifest = manifest_of(folder)
-    if manifest is None:
-        raise CheckpointError(explain(folder.parent, f"{folder.name} that is complete"))
+    manifest = _seen_by_all(folder)
     saved = {told.get("expert", "") for name, told in manifest["files"].items() if name.endswith(".safetensors")}
     if saved != set(parts):
         raise CheckpointError(
@@ -59,11 +63,12 @@ def load(folder: Path, parts: Mapping[str, Part]) -> Loaded:
         )
     _refuse_other_tensors(folder, manifest, parts)
     mine, unread = _files(manifest, parts)
-    trouble = first_trouble(next(_damage(folder, manifest, mine), None))
+    trouble = first_trouble(next(damaged(folder, manifest, mine), None))
     if trouble is not None:
-        raise CheckpointError(f"{trouble}; name another one after --resume_from_checkpoint: {_others(folder)}")
+        raise CheckpointError(name_another(folder, trouble))
     if dist.is_main():
-        _clear(folder.parent)
+        if is_ours:
+            _clear(folder.parent)
         if unread:
             Beside(lambda: _warn_of_damage(folder, manifest, unread), "look at unread files")
     for expert, part in parts.items():
@@ -85,13 +90,31 @@ def verify(folder: Path) -> list[str]:
     manifest = manifest_of(folder)
     if manifest is None:
         return [explain(folder.parent, f"{folder.name} that is complete")]
-    return list(_damage(folder, manifest, manifest["files"]))
+    return list(damaged(folder, manifest, manifest["files"]))
 
 
-def _damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
-    for name in names:
-        if hash_file(folder / name) != manifest["files"][name]["blake2b"]:
-            yield f"{folder / name} is damaged: its content is not what was written"
+def _seen_by_all(folder: Path) -> dict[str, Any]:
+    """The manifest, which must be the same for every rank: stages that go on from two courses would train on noise,
+    samples and targets of different steps, and nothing would tell.
+
+    Raises:
+        CheckpointError: on all ranks alike.
+    """
+    manifest = manifest_of(folder)
+    mine = "nothing that is complete"
+    if manifest is not None:
+        digest = manifest["files"].get(STATE, {}).get("blake2b", "none")
+        mine = f"{folder.name}, save {save_of(manifest)}, {STATE} {digest[:8]}"
+    of_ranks = dist.gather_text(mine)
+    if len(set(of_ranks)) > 1:
+        told = "; ".join(f"rank {rank}: {seen}" for rank, seen in enumerate(of_ranks))
+        raise CheckpointError(
+            f"ranks do not see the same checkpoint in {folder}: {told}. All nodes must share output_dir; if they do, "
+            "its disk is late: start again"
+        )
+    if manifest is None:
+        raise CheckpointError(explain(folder.parent, f"{folder.name} that is complete"))
+    return manifest
 
 
 def _files(manifest: Mapping[str, Any], parts: Mapping[str, Part]) -> tuple[list[str], list[str]]:
@@ -110,23 +133,18 @@ def _files(manifest: Mapping[str, Any], parts: Mapping[str, Part]) -> tuple[list
 
 def _warn_of_damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> None:
     try:
-        for told in _damage(folder, manifest, names):
+        for told in damaged(folder, manifest, names):
             logger.warning("%s; this start does not need it", told)
     except OSError as error:
         logger.warning("%s: %s; this start does not need it", folder, error)
 
 
-def _others(folder: Path) -> str:
-    others = [p for p in folder.parent.glob("global_step*") if p != folder and manifest_of(p) is not None]
-    return ", ".join(f"{p.parent.name}/{p.name}" for p in sorted(others, key=step_of)) or "none"
-
-
 def _clear(run_dir: Path) -> None:
     left: list[str] = []
-    trouble = attempt(lambda: left.extend(sweep(run_dir)))
+    troubles = [attempt(lambda clear=clear: left.extend(clear(run_dir))) for clear in (sweep, clear_saved)]
     if left:
         logger.info("removed what a save that was cut short had left: %s", ", ".join(left))
-    if trouble is not None:
+    for trouble in filter(None, troubles):
         logger.warning("what a save that was cut short had left cannot be removed: %s", trouble)
 
 

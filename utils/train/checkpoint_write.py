@@ -19,20 +19,21 @@ from models.headers import DTYPES
 from utils import dist
 from utils.monitor.console import short_bytes
 from utils.train.activity import Activity
-from utils.train.beside import Beside
+from utils.train.beside import LOOK_S, Beside
 from utils.train.checkpoint import (
     DOOMED,
-    FORMAT,
-    MANIFEST,
-    NAME,
     POINTER,
     STAGED,
     STATE,
     Part,
+    complete_staged,
     manifest_of,
+    parts_folder,
+    parts_of,
     prune,
-    save_of,
+    put_in_place,
     sweep,
+    write_json,
 )
 from utils.train.disk import Disk, HashedFile, attempt, first_trouble
 from utils.train.host_copies import HostCopies
@@ -85,6 +86,11 @@ class Checkpointer:
         """The same on all ranks."""
         return self._flight is not None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._flight is not None and self._flight.is_busy
+
     def begin(self, state: TrainState, told: Mapping[str, Any], parts: Mapping[str, Part], *, wait: bool) -> bool:
         """Begin to write a checkpoint of now. No other may be under way.
 
@@ -130,10 +136,41 @@ class Checkpointer:
                 return ended
         return None
 
+    def rescue(self, seconds: float, *, others_live: bool = True) -> None:
+        """An exception ends this rank: wait until what is being written is on the disk, so that it is not lost. Other
+        ranks may be anywhere, so they are not asked, but seen by the files that they leave.
+
+        Args:
+            seconds: waited at most.
+            others_live: False where one has ended; its files are not waited for.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None or flight.trouble is not None:
+            return
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self._may_come(flight, others_live):
+            self._show()
+            time.sleep(LOOK_S)
+        if dist.is_main() and not flight.is_busy:
+            complete_staged(self._run_dir, self._disk)
+
+    def _may_come(self, flight: "_Flight", others_live: bool) -> bool:
+        """Whether it pays to wait for what a checkpoint lacks yet."""
+        busy, folder = flight.is_busy, parts_folder(flight.staging)
+        if busy and flight.is_written:
+            return True
+        lacking = flight.parts - len(list(folder.glob("rank_*.json")))
+        if lacking > busy and not others_live:
+            return False
+        if not busy and self._leaves_part and not (folder / self._part).exists():
+            return False  # it failed
+        return busy or (others_live and flight.staging.exists() and parts_of(flight.staging) is None)
+
     def _prepare(self, flight: "_Flight", payload: Payload) -> str | None:
         """A clean staging folder and room for all; the same answer on every rank."""
-        mine = torch.tensor([payload_bytes(payload)], dtype=torch.int64)
-        need = int(dist.sum_over_ranks(mine).item()) + SPARE_BYTES
+        mine = torch.tensor([payload_bytes(payload), self._leaves_part], dtype=torch.int64)
+        total, flight.parts = map(int, dist.sum_over_ranks(mine))
+        need = total + SPARE_BYTES
 
         def prepare() -> None:
             sweep(self._run_dir, self._disk)
@@ -141,6 +178,7 @@ class Checkpointer:
             if free < need:
                 raise OSError(f"need {short_bytes(need)}, {short_bytes(free)} free at {self._run_dir}")
             self._disk.make(flight.staging)
+            self._disk.make(parts_folder(flight.staging))
 
         return first_trouble(attempt(prepare) if dist.is_main() else None)
 
@@ -168,7 +206,7 @@ class Checkpointer:
     def _fail(self, flight: "_Flight", trouble: str) -> Ended:
         self._flight = None
         if dist.is_main():
-            attempt(lambda: self._disk.remove(flight.staging))
+            attempt(lambda: self._remove(parts_folder(flight.staging), flight.staging))
             whole = [p.name for p in self._run_dir.glob("global_step*") if manifest_of(p) is not None]
             kept = "keeping the previous one" if whole else "there is no earlier one"
             kept += ", training goes on" if flight.goes_on else ""
@@ -188,45 +226,42 @@ class Checkpointer:
             tensors = sorted(content if name.endswith(".safetensors") else content["shapes"])
             expert = flight.experts[name]
             flight.files[name] = {**file.told(), "tensors": tensors, **({"expert": expert} if expert else {})}
+        if dist.is_main():
+            flight.files[STATE] = write_json(self._disk, flight.staging / STATE, flight.told, self._count)
+        if self._leaves_part:
+            told = {"parts": flight.parts, "files": flight.files}
+            write_json(self._disk, parts_folder(flight.staging) / self._part, told, self._count)
+
+    @property
+    def _leaves_part(self) -> bool:
+        return self._writes or dist.is_main()
+
+    @property
+    def _part(self) -> str:
+        return f"rank_{dist.rank():04d}.json"
 
     def _commit(self, flight: "_Flight") -> None:
         """Rank 0's part when all files are written. Raises `OSError`, and then nothing has changed but the staging."""
         self._doing = "putting it in its place"
-        disk, staging, final = self._disk, flight.staging, flight.final
-        flight.files[STATE] = self._write_json(staging / STATE, flight.told)
-        before = [save_of(manifest_of(p) or {}) for p in self._run_dir.iterdir() if NAME.fullmatch(p.name)]
-        manifest = {"format": FORMAT, "save": max(before, default=0) + 1, "files": flight.files}
-        self._write_json(staging / MANIFEST, manifest)
-        disk.sync(staging)
-        replaced = final.with_name(DOOMED + final.name)
-        if final.exists():  # written by an earlier start; kept until there is another
-            disk.rename(final, replaced)
-        try:
-            disk.rename(staging, final)
-        except OSError:
-            if replaced.exists():
-                disk.rename(replaced, final)
-            raise
-        trouble = attempt(lambda: self._tidy(flight, replaced))
+        put_in_place(self._disk, flight.staging, flight.final, flight.files, self._count)
+        trouble = attempt(lambda: self._tidy(flight))
         if trouble is not None:  # it is there all the same
-            logger.warning("after checkpoint %s was written: %s; earlier ones may be left over", final, trouble)
+            logger.warning("after checkpoint %s was written: %s; earlier ones may be left over", flight.final, trouble)
 
-    def _tidy(self, flight: "_Flight", replaced: Path) -> None:
+    def _tidy(self, flight: "_Flight") -> None:
         """Say that it is the newest, and remove what it takes the place of: not before it would survive a power cut."""
-        self._disk.sync(self._run_dir)
         pointer = self._run_dir / f"{STAGED}{POINTER}"
         with HashedFile(self._disk, pointer) as file:
             file.write(f"{flight.final.name}\n".encode())
         self._disk.rename(pointer, self._run_dir / POINTER)
         self._disk.sync(self._run_dir)
-        if replaced.exists():
-            self._disk.remove(replaced)
+        self._remove(parts_folder(flight.staging), flight.final.with_name(DOOMED + flight.final.name))
         prune(self._run_dir, self._keep_last, flight.step, self._disk)
 
-    def _write_json(self, path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-        with HashedFile(self._disk, path, self._count) as file:
-            file.write(json.dumps(content, indent=1).encode())
-        return file.told()
+    def _remove(self, *folders: Path) -> None:
+        for folder in folders:
+            if folder.exists():
+                self._disk.remove(folder)
 
     def _count(self) -> None:
         self._moved += 1
@@ -247,6 +282,7 @@ class _Flight:
         self.staging = self.final.with_name(STAGED + self.final.name)
         self.files: dict[str, Any] = {}  # for the manifest: of this rank, then of all
         self.experts: dict[str, str] = {}  # file -> the expert that is in it
+        self.parts = 1  # ranks that write something, and tell of it
         self.goes_on = True  # training, whatever becomes of this
         self.begun = time.monotonic()
         self.trouble: str | None = None

@@ -96,12 +96,31 @@ class HashedFile:
             self._disk.sync(self._path)
 
 
+def replace(disk: Disk, staged: Path, final: Path, aside: Path) -> None:
+    """Give the folder `staged` the name `final`. What has that name is kept as `aside` until there is another, and then
+    removed by whoever clears up; where the renaming fails it is put back.
+
+    Raises:
+        OSError: `final` is what it was.
+    """
+    if final.exists():
+        if aside.exists():
+            disk.remove(aside)
+        disk.rename(final, aside)
+    try:
+        disk.rename(staged, final)
+    except OSError:
+        if aside.exists():
+            disk.rename(aside, final)
+        raise
+
+
 def attempt(action: Callable[[], Any]) -> str | None:
     """Why `action`, which writes, failed; None when it did not. torch.save tells of a full disk by a RuntimeError."""
     try:
         action()
-    except (OSError, RuntimeError) as error:
-        return str(error).splitlines()[0]
+    except (OSError, RuntimeError, MemoryError) as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
     return None
 
 

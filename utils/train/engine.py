@@ -16,6 +16,7 @@ DeepSpeed keeps the schedule (1F1B), the process grid and the data-parallel redu
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import deepspeed
@@ -29,13 +30,14 @@ from torch import Tensor
 from models.adapter_layers import without_adapters
 from models.base import MicroBatch
 from utils import dist as ours
+from utils.dist_library import clear_lock
+from utils.dist_meeting import MEETING_S, Say, met, silent
 from utils.train.activity import NOBODY, Activity
+from utils.train.forward_pass import ForwardPass, Question
 from utils.train.nonfinite import not_finite
 from utils.train.stages import StagedModule
 
-PORT_TAKEN = ("EADDRINUSE", "address already in use")
 HEADER_NUMBERS = 128  # int64 numbers of a header; a tensor takes 3 and its dimensions
-
 
 # instruction -> what it is to people, and the stage that it waits for, counted from this one
 NOTES: dict[type, tuple[str, int | None]] = {
@@ -147,6 +149,7 @@ class ReelEngine(PipelineEngine):
         self.step_index = 0  # set by the loop; dropout counts from it
         self.activity = Activity()  # replaced by the run's
         self._collect = self._losses  # what a pass without gradients keeps of each micro-batch
+        self._asking: tuple[Question | None, int] = (None, 0)  # in it, and at how many micro-batches
         self._sends: list[tuple[Any, Tensor]] = []
 
     @property
@@ -165,12 +168,21 @@ class ReelEngine(PipelineEngine):
         self._finish_sends()
         return float(loss)
 
-    def evaluate_batches(self, batches: Iterator[MicroBatch], count: int) -> list[Tensor]:
-        """Losses [B] of `count` micro-batches, on the last stage (elsewhere an empty list). Shapes may differ.
+    def evaluate_batches(
+        self, batches: Iterator[MicroBatch] | None, count: int, question: Question | None = None, common: int = 0
+    ) -> list[Tensor] | None:
+        """Losses [B] of `count` micro-batches, on the last stage (elsewhere an empty list). Shapes may differ. None, on
+        all ranks, where `question` had it left before the end.
 
         All ranks call this, those whose `count` is 0 too. No sample is weighted.
+
+        Args:
+            common: micro-batches that every data rank has.
         """
-        return self._forward_only(batches, count, self._losses)
+        self._asking = question, common
+        losses = self._forward_only(batches, count, self._losses)
+        self._asking = None, 0
+        return None if self._pass.was_left else losses
 
     def predict_base(self, batches: Iterator[MicroBatch] | None, count: int) -> list[Tensor]:
         """What the model without its adapter predicts for `count` micro-batches; else as `evaluate_batches`."""
@@ -193,6 +205,11 @@ class ReelEngine(PipelineEngine):
 
     def _losses(self, prediction: Tensor, target: tuple[Tensor, ...]) -> Tensor:
         return self.module.loss_fn(prediction, target)
+
+    def _inference_schedule(self, micro_batches: int) -> ForwardPass:
+        """DeepSpeed asks for it in `eval_batch`."""
+        self._pass = ForwardPass(micro_batches, self.num_stages, self.stage_id, self.activity, *self._asking)
+        return self._pass
 
     def probe(self, batch: MicroBatch | None, step: int, number: int) -> float | None:
         """Forward and backward of one micro-batch as it was in a step, and no step: its gradients, averaged with none,
@@ -354,30 +371,23 @@ class ReelEngine(PipelineEngine):
         self._sends = self._sends[count:]
 
 
-def init_distributed() -> None:
+def init_distributed(say: Say = silent, patience_s: float = MEETING_S) -> None:
     """Join the process group that the launcher described; without a launcher this process is all of it.
 
+    Args:
+        say, patience_s: as of `met`.
+
     Raises:
-        ValueError: the launcher's port is taken; or as `claim_device`.
+        ValueError: as `claim_device` and `met`.
     """
     ours.claim_device()
-    alone: dict[str, Any] = {}
+    settings: dict[str, Any] = {"dist_backend": ours.backend(), "timeout": ours.COLLECTIVE_TIMEOUT}
+    settings |= {"auto_mpi_discovery": False, "verbose": False}
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")  # DeepSpeed reads them here and there
-        alone = {"init_method": "tcp://127.0.0.1:0", "rank": 0, "world_size": 1}
-    try:
-        deepspeed.init_distributed(
-            dist_backend=ours.backend(),
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=ours.COLLECTIVE_TIMEOUT,
-            **alone,
-        )
-    except torch.distributed.DistNetworkError as error:
-        if not any(sign in str(error) for sign in PORT_TAKEN):
-            raise
-        port = os.environ.get("MASTER_PORT", "29500")
-        raise ValueError(
-            f"port {port} of {os.environ.get('MASTER_ADDR', 'this machine')}, at which the ranks meet, is taken, most "
-            f"likely by another run; give this one its own: --master_port={int(port) + 1} before train.py"
-        ) from error
+        deepspeed.init_distributed(**settings, init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+        return
+    if not ours.on_gpu() and ours.local_rank() == 0:
+        clear_lock(say)
+    with nullcontext() if torch.distributed.is_initialized() else met(say, patience_s):
+        deepspeed.init_distributed(**settings)

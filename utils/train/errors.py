@@ -14,14 +14,17 @@ import torch.distributed as torch_dist
 from utils import dist
 from utils.config.load import LoadedConfig
 from utils.data.crew import PeerLost
+from utils.dist_meeting import first_fault, tell_launcher, tell_others
 from utils.train.faults import Fault
 from utils.train.memory import is_out_of_memory, out_of_memory_words
 from utils.train.nonfinite import NonFiniteError
+from utils.train.run_lock import RunLock
+from utils.train.signals import StopSignals
 from utils.train.stopping import INTERRUPTED_STATUS, TooEarly
 from utils.train.watchdog import Watchdog
 
-# The launcher kills all ranks as soon as one has failed: before they have met, the others give rank 0 this long to say
-# why. Afterwards they are in step, and see what it said.
+# The launcher kills all ranks of its node as soon as one has failed: before they have met, the others give the first of
+# the node this long to say why. Afterwards they are in step, and see what rank 0 said.
 OTHERS_WAIT_S = 20.0
 IN_STEP_WAIT_S = 5.0
 
@@ -54,37 +57,61 @@ class Outcome:
     status: int = 0
     watchdog: Watchdog | None = None  # from when the ranks have met
     loaded: LoadedConfig | None = None
+    lock: RunLock | None = None  # on the run folder
 
-    def watch(self, watchdog: Watchdog, loaded: LoadedConfig) -> None:
+    def watch(self, watchdog: Watchdog, loaded: LoadedConfig, lock: RunLock | None = None) -> None:
         """From now on the last words tell where it happened, and which rank was first."""
-        self.watchdog, self.loaded = watchdog, loaded
+        self.watchdog, self.loaded, self.lock = watchdog, loaded, lock
+
+    def close(self, clean: bool) -> None:
+        """Nothing of this rank is left in the run folder; `clean`: nor of any other soon."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        if self.lock is not None:
+            self.lock.release(dist.is_main(), clean or dist.world_size() == 1)
 
 
 @contextmanager
-def reported() -> Iterator[Outcome]:
+def reported(signals: StopSignals | None = None) -> Iterator[Outcome]:
     """Turn an exception into a message and a status. A mistake that every rank sees is told by rank 0 alone.
 
     `EXPECTED` is how the project tells users of what they can mend: no traceback for them on the console, it is in the
     log file.
     """
-    outcome = Outcome()
+    outcome, signals, clean = Outcome(), signals or StopSignals(), False
     try:
         yield outcome
     except TooEarly as early:
-        outcome.status = outcome.loaded.run.requeue_exit_code if outcome.loaded else INTERRUPTED_STATUS
-        if dist.is_main():
-            logger.info("stopping before the first step: %s; what is encoded is kept", early)
-        _leave(outcome)
+        signals.conclude()
+        _stop_early(early, outcome)
     except KeyboardInterrupt:
+        signals.conclude()
         outcome.status = INTERRUPTED_STATUS
         _leave(outcome)
     except Exception as error:
+        signals.conclude()
+        if is_lost_peer(error) and (early := signals.stop_of_others()):
+            _stop_early(early, outcome)
+            return
         outcome.status = 1
         _tell(error, outcome)
         _leave(outcome)
+    else:
+        clean = True
     finally:
-        if outcome.watchdog is not None:
-            outcome.watchdog.stop()
+        signals.conclude()
+        outcome.close(clean)
+
+
+def _stop_early(early: TooEarly, outcome: Outcome) -> None:
+    """A start was asked to end; where another rank has failed it was the launcher that asked, because of that."""
+    outcome.status = early.status
+    if outcome.watchdog is not None and (fault := outcome.watchdog.first_of_others(0)):
+        outcome.status = 1
+        logger.log(logging.ERROR if outcome.watchdog.speaks_for(fault) else logging.DEBUG, "%s", fault.words())
+    elif dist.is_main():
+        logger.info("%s", early)
+    _leave(outcome)
 
 
 def _tell(error: Exception, outcome: Outcome) -> None:
@@ -94,14 +121,29 @@ def _tell(error: Exception, outcome: Outcome) -> None:
         _tell_of_another(watchdog, str(error) if isinstance(error, PeerLost) else LOST_PEER)
         return
     text, is_bug = _words(error, outcome)
-    if watchdog is not None:
-        watchdog.record(text)
-        watchdog.hush()
-    may_be_known = isinstance(error, EXPECTED) and not dist.is_main()
-    if may_be_known and _is_told_by_main(text, watchdog):
+    trace = f"\n{traceback.format_exc()}" if is_bug else ""
+    if watchdog is None:
+        tell_launcher(text)
+        _tell_before_start(error, text, trace)
         return
-    place = f"\n  {watchdog.activity.place()}" if watchdog is not None and not is_out_of_memory(error) else ""
-    logger.error("%s", text + place + (f"\n{traceback.format_exc()}" if is_bug else ""))
+    place = "" if is_out_of_memory(error) else f"\n  {watchdog.activity.place()}"
+    tell_launcher(text + place)
+    watchdog.record(text)
+    watchdog.hush()
+    may_be_known = isinstance(error, EXPECTED) and not dist.is_main()
+    if not (may_be_known and _is_told_by_main(text, watchdog)):
+        logger.error("%s", text + place + trace)
+
+
+def _tell_before_start(error: Exception, text: str, trace: str) -> None:
+    """There is no run folder yet. Most mistakes are seen by all ranks: the first one of each node tells."""
+    waits = isinstance(error, EXPECTED) and dist.local_rank() > 0
+    if waits:
+        tell_others(text, error)
+        time.sleep(OTHERS_WAIT_S)  # the launcher ends this rank while it sleeps
+    logger.error("%s", text + trace)
+    if not waits:
+        tell_others(text, error)
 
 
 def _words(error: Exception, outcome: Outcome) -> tuple[str, bool]:
@@ -113,11 +155,8 @@ def _words(error: Exception, outcome: Outcome) -> tuple[str, bool]:
     return f"{type(error).__name__}: {error}", True
 
 
-def _is_told_by_main(text: str, watchdog: Watchdog | None) -> bool:
-    """Whether rank 0 says the same, waiting for it: most mistakes are seen by all ranks."""
-    if watchdog is None:
-        time.sleep(OTHERS_WAIT_S)  # rank 0 most likely does, and the launcher then ends this rank while it sleeps
-        return False
+def _is_told_by_main(text: str, watchdog: Watchdog) -> bool:
+    """Whether rank 0 says the same, waiting for it."""
     deadline = time.monotonic() + IN_STEP_WAIT_S
     while time.monotonic() < deadline:
         if any(fault.rank == 0 and fault.text == text for fault in watchdog.faults()):
@@ -129,7 +168,9 @@ def _is_told_by_main(text: str, watchdog: Watchdog | None) -> bool:
 def _tell_of_another(watchdog: Watchdog | None, words: str) -> None:
     """The rank that ended has the story, which a traceback of ours would bury: one line that points to it."""
     if watchdog is None:
-        if dist.is_main():
+        words = first_fault() or words
+        tell_launcher(words)
+        if dist.local_rank() == 0:
             logger.error("%s", words)
         return
     fault = watchdog.first_of_others(IN_STEP_WAIT_S)
@@ -137,6 +178,7 @@ def _tell_of_another(watchdog: Watchdog | None, words: str) -> None:
     if fault is None:
         watchdog.record(words)  # so that those follow who wait for this rank
         fault = Fault(watchdog.rank, words, told=False)
+    tell_launcher(fault.words())
     level = logging.ERROR if watchdog.speaks_for(fault) or fault.rank == watchdog.rank else logging.DEBUG
     logger.log(level, "%s", fault.words())
 
@@ -151,8 +193,7 @@ def is_lost_peer(error: Exception) -> bool:
 def _leave(outcome: Outcome) -> None:
     """End now if other ranks may be waiting for this one: a normal exit would wait for them in turn."""
     if torch_dist.is_initialized() and dist.world_size() > 1:
-        if outcome.watchdog is not None:
-            outcome.watchdog.stop()
+        outcome.close(clean=False)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,7 +1,7 @@
 """Each stage's trained tensors to one folder that other programs load."""
 
 import logging
-import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,12 @@ from models.adapters import needs_float32, plain_name
 from models.base import ModelFamily, WeightSource
 from models.weights import write_safetensors
 from utils import dist
-from utils.train.disk import attempt, first_trouble
+from utils.train.checkpoint import DOOMED, SAVED_NAME, STAGED
+from utils.train.disk import Disk, attempt, first_trouble, replace
 from utils.train.nonfinite import not_finite
+
+PARTS = f"{STAGED}parts-"  # before the name of the folder that stages hand over their tensors in
+_PREFIX = re.compile(rf"^({PARTS}|{DOOMED}|{STAGED})")
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +45,7 @@ def export(
     extras: Callable[[Path], None],
     formats: Sequence[str] = (),
     goes_on: bool = True,
+    disk: Disk | None = None,
 ) -> Path | None:
     """Write the adapters or the models to `folder`; every rank calls this, and the folder is whole or absent. Returns
     None, and leaves what was there as it is, when it could not be written: training can go on.
@@ -54,7 +59,8 @@ def export(
         formats: of an adapter, a file each; none means the family's first.
         goes_on: whether training does, for the words where it could not be written.
     """
-    parts, staging = folder.with_name(f"tmp-parts-{folder.name}"), folder.with_name(f"tmp-{folder.name}")
+    parts, staging = folder.with_name(f"{PARTS}{folder.name}"), folder.with_name(f"{STAGED}{folder.name}")
+    disk = disk or Disk()
 
     def prepare() -> None:
         _remove(parts, staging)
@@ -75,8 +81,7 @@ def export(
             else:
                 model.family.save_full(gathered, staging, told)
         extras(staging)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staging, folder)
+        put_in_place(disk, staging, folder)
 
     for action, mine in ((prepare, dist.is_main()), (hand_over, data_rank == 0), (put_together, dist.is_main())):
         trouble = first_trouble(attempt(action) if mine else None)  # also where ranks wait for each other
@@ -88,6 +93,45 @@ def export(
             logger.error("%s not saved: %s%s", folder, trouble, "; training goes on" if goes_on else "")
     dist.barrier()
     return folder if trouble is None else None
+
+
+def put_in_place(disk: Disk, staging: Path, folder: Path) -> None:
+    """`staging` as `folder`, whole even after a power cut. Raises `OSError`, and then `folder` is what it was."""
+    for path in (*staging.rglob("*"), staging):
+        disk.sync(path)
+    replaced = folder.with_name(DOOMED + folder.name)
+    replace(disk, staging, folder, replaced)
+
+    def tidy() -> None:
+        disk.sync(folder.parent)
+        if replaced.exists():  # not before its successor would survive a power cut
+            disk.remove(replaced)
+
+    trouble = attempt(tidy)
+    if trouble is not None:  # what was saved is there all the same
+        logger.warning("after %s was written: %s; what it took the place of may be left over", folder, trouble)
+
+
+def clear_saved(run_dir: Path, disk: Disk | None = None) -> list[str]:
+    """Put an end to saves that were cut short: one that only lacked its last rename gets it, else what was there before
+    is put back, and the rest is removed.
+
+    Returns:
+        The names of what was removed.
+
+    Raises:
+        OSError: something cannot be moved or removed.
+    """
+    disk = disk or Disk()
+    for replaced in run_dir.glob(f"{DOOMED}*"):
+        folder = replaced.with_name(replaced.name.removeprefix(DOOMED))
+        staging = folder.with_name(STAGED + folder.name)
+        if SAVED_NAME.fullmatch(folder.name) and not folder.exists():
+            disk.rename(staging if staging.exists() else replaced, folder)
+    left = [p for p in run_dir.glob(f"{STAGED}*") if SAVED_NAME.fullmatch(_PREFIX.sub("", p.name))]
+    for path in sorted(left):
+        disk.remove(path)
+    return sorted(path.name for path in left)
 
 
 def _remove(*folders: Path) -> None:

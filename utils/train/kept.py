@@ -1,6 +1,7 @@
 """A step that was left out: looked into on all ranks, its batch kept on disk for `--replay`."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = "nonfinite"
 FORMAT = 1
+NAME = re.compile(r"step_\d+\.json")  # the report of a replay has another
 MAX_KEPT = 10  # steps; each is as large as its latents and captions
 
 
@@ -175,7 +177,8 @@ def _keep(
         staged.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         staged.replace(path)
 
-    if dist.is_main() and len(list(folder.glob("step_*.json"))) >= MAX_KEPT:
+    others = [other for other in folder.glob("step_*.json") if NAME.fullmatch(other.name) and other != path]
+    if dist.is_main() and len(others) >= MAX_KEPT:
         trouble = f"{MAX_KEPT} are there already"
     trouble = first_trouble(trouble)
     trouble = trouble or first_trouble(attempt(write))

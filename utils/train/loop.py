@@ -34,8 +34,9 @@ from utils.monitor.metrics import (
 )
 from utils.train.activity import LONG, Activity, Batch
 from utils.train.checkpoint_write import Checkpointer
+from utils.train.due import catch_up, do_what_is_due
 from utils.train.engine import ReelEngine
-from utils.train.evaluate import EvalSet, evaluate_experts
+from utils.train.evaluate import EvalSet
 from utils.train.experts import Experts
 from utils.train.nonfinite import refuse_bad_weights
 from utils.train.refused import leave_out, tell_of_spike
@@ -44,16 +45,18 @@ from utils.train.saving import (
     EVALUATION,
     bad_weight_of,
     look_at_checkpoint,
+    rescued,
+    retry_checkpoint,
     save_checkpoint,
     save_last_model,
-    save_model,
     settle_checkpoint,
     way_on,
 )
 from utils.train.schedules import learning_rate_factor
+from utils.train.signals import StopSignals
 from utils.train.state import Milestones, TrainState
-from utils.train.stopping import StopSignals, TimeLimit, reason
-from utils.train.triggers import Decision, Every, SignalFiles
+from utils.train.stopping import TimeLimit, is_hurried, reason
+from utils.train.triggers import QUIT_FILE, Decision, Every, SignalFiles
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +116,7 @@ class Run:
     last_checkpoint: int = -1
     checkpoint_clock: float = field(default_factory=time.monotonic)
     limit: TimeLimit = field(default_factory=lambda: TimeLimit(None))  # of the whole process
+    signals: StopSignals = field(default_factory=StopSignals)  # of the whole process
     asked: Decision = Decision.NONE  # after the last step; why it was the last, where it was not the end
 
     def point(self) -> Point:
@@ -130,9 +134,7 @@ class Run:
 def train(run: Run) -> bool:
     """Train to the end or until asked to stop; True when the end was reached. Every rank calls this."""
     files = SignalFiles(run.run_dir)
-    with StopSignals() as signals, run.display:
-        if run.state.step == 0 and run.settings.eval_before_first_step:
-            evaluate_all(run)
+    with run.signals.training() as signals, run.display, rescued(run):
         catch_up(run)
         while run.state.step < run.settings.total_steps and not run.asked & Decision.QUIT:
             before = run.milestones()
@@ -142,7 +144,7 @@ def train(run: Run) -> bool:
             act(run, before, run.asked)
         finished = run.state.step >= run.settings.total_steps and not is_hurried(run.asked)
         if finished:
-            finish(run, lambda: agree(run, files, signals))
+            finished = finish(run, lambda: agree(run, files, signals))
         settle_checkpoint(run)
     if run.asked & Decision.QUIT:
         refuse_to_lose(run)
@@ -248,7 +250,8 @@ def agree(run: Run, files: SignalFiles, signals: StopSignals) -> Decision:
             seen |= Decision.CHECKPOINT
     run.activity.note("the word of all on what is due", None)
     asked = Decision(dist.join_flags(int(seen)))
-    if asked & Decision.QUIT and (why := reason(asked)):
+    if asked & Decision.QUIT:
+        why = reason(asked) or f"{run.run_dir / QUIT_FILE} was there"
         logger.info("stopping after step %d: %s", run.state.step, why)
     return asked
 
@@ -261,30 +264,14 @@ def act(run: Run, before: Milestones, asked: Decision) -> None:
     name = f"epoch{now.epochs_done}" if now.epochs_done > before.epochs_done else f"step{now.step}"
     due = [EVALUATION] if run.eval_sets and settings.eval_every.due(before, now) else []
     due += [name] if asked & Decision.SAVE or settings.save_every.due(before, now) else []
+    checkpoint_due |= bool(due) and now.step >= settings.total_steps  # it would be written after these
     if is_hurried(asked):
         save_checkpoint(run, wait=True, owed=due)
         return
-    if EVALUATION in due:
-        evaluate_all(run)
-    if name in due:
-        save_model(run, name)
     if checkpoint_due and run.last_checkpoint != now.step:
-        # last: a start from it does not come back to what was due before
-        save_checkpoint(run, wait=bool(asked & Decision.QUIT))
-
-
-def is_hurried(asked: Decision) -> bool:
-    """Whether nothing but a checkpoint may be waited for: whoever sent SIGTERM will not wait for an evaluation."""
-    return bool(asked & Decision.QUIT) and not asked & Decision.SAVE
-
-
-def catch_up(run: Run) -> None:
-    """What was due when the run was stopped, and could not be waited for."""
-    if EVALUATION in run.owed and run.last_eval != run.state.step:
-        evaluate_all(run)
-    for name in run.owed:
-        if name != EVALUATION and not (run.run_dir / name).exists():
-            save_model(run, name)
+        # first, since it is written beside: the others may take longer than a scheduler waits
+        save_checkpoint(run, wait=bool(asked & Decision.QUIT) and not due, owed=due)
+    do_what_is_due(run, due)
 
 
 def refuse_to_lose(run: Run) -> None:
@@ -293,45 +280,28 @@ def refuse_to_lose(run: Run) -> None:
         raise OSError(f"the run stops after step {run.state.step} without a checkpoint of it, see above; {way_on(run)}")
 
 
-def finish(run: Run, asked: Callable[[], Decision]) -> None:
-    """A last evaluation, checkpoint and model, unless just made: no run ends without a number or a file.
+def finish(run: Run, asked: Callable[[], Decision]) -> bool:
+    """A last checkpoint, evaluation and model, unless just made: no run ends without a number or a file. False where a
+    stop was asked for meanwhile, and what is left is left to the next start.
 
     Args:
         asked: what anybody wants of the run by now, the same on all ranks.
     """
     refuse_bad_weights(bad_weight_of(run), f"the end of the run, step {run.state.step},")
     settle_checkpoint(run)
-    if run.eval_sets and run.last_eval != run.state.step:
-        evaluate_all(run)
+    due = [EVALUATION] if run.eval_sets and run.last_eval != run.state.step else []
     if run.last_checkpoint != run.state.step:
-        save_checkpoint(run, wait=True)
+        save_checkpoint(run, wait=not due)
+    do_what_is_due(run, due)
+    settle_checkpoint(run)
+    if is_hurried(run.asked):
+        return False
     if run.last_saved != run.state.step:
         save_last_model(run, f"step{run.state.step}", asked)
+    retry_checkpoint(run)
     if run.last_saved != run.state.step:
         raise OSError(
             f"the trained weights of step {run.state.step} could not be saved to {run.run_dir}, see above; "
             f"{way_on(run)}"
         )
-
-
-def evaluate_all(run: Run) -> None:
-    """Losses of every eval dataset, of every expert."""
-    run.last_eval = run.state.step
-    progress = run.progress if dist.is_main() else None
-    shares, patience = run.family.expert_shares(), LONG if run.settings.compiles else 1.0
-    results = evaluate_experts(run.experts, run.eval_sets, shares, progress, patience)
-    for name, found in results.items():
-        run.metrics.log(run.point(), found.scalars(name))
-    run.metrics.flush()  # they are not made again
-    for name, found in results.items():
-        for expert, result in found.of.items():
-            logger.info(
-                "%s: loss %.4f over %d samples (%.4f at quantile 0.1, %.4f at 0.9)",
-                of_expert(name, expert),
-                result.loss,
-                result.samples,
-                result.by_quantile[0.1],
-                result.by_quantile[0.9],
-            )
-        if len(found.of) > 1:
-            logger.info("%s: loss %.4f over all timesteps", name, found.loss)
+    return True

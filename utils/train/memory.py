@@ -28,9 +28,13 @@ def out_of_memory_words(error: BaseException, activity: Activity, loaded: Loaded
     free = FREE.search(text)
     left = "" if free is None else f", {free.group(2)} of {free.group(1)} were free"
     stage = "" if activity.stage is None else f" of stage {activity.stage}"
+    return f"the {kind}{stage} ran out {activity.place()}{wanted}{left}{advice(loaded, activity)}"
+
+
+def advice(loaded: LoadedConfig, activity: Activity) -> str:
+    """The end of a message about too little memory: what to change in this run's files, a line each."""
     lines = list(dict.fromkeys(settings_that_help(loaded, activity)))[:ADVICE]
-    listed = "".join(f"\n  - {line}" for line in lines)
-    return f"the {kind}{stage} ran out {activity.place()}{wanted}{left}. What helps, the cheapest first:{listed}"
+    return ". What helps, the cheapest first:" + "".join(f"\n  - {line}" for line in lines)
 
 
 def _size(asked: str) -> str:

@@ -108,7 +108,26 @@ def bad_weight(trained: Mapping[str, Mapping[str, Tensor]], stage: int) -> str |
     Args:
         trained: of this stage, by expert.
     """
-    found = [name for tensors in trained.values() for name in not_finite(tensors)]
+    return _first_of_any([name for tensors in trained.values() for name in not_finite(tensors)], stage)
+
+
+def bad_state(parts: Mapping[str, tuple[Mapping[str, Tensor], torch.optim.Optimizer]], stage: int) -> str | None:
+    """The same for what optimizers remember. A running mean that was infinite once stays so, and then nothing moves the
+    weight that it belongs to: the weight itself tells of nothing.
+
+    Args:
+        parts: of this stage, by expert: what is trained, and its optimizer.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for trained, optimizer in parts.values():
+        for name, parameter in trained.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):  # counts of steps may lie on the host
+                    by_device.setdefault(value.device, {})[f"{key} of {name}"] = value
+    return _first_of_any([name for tensors in by_device.values() for name in not_finite(tensors)], stage)
+
+
+def _first_of_any(found: Sequence[str], stage: int) -> str | None:
     told = [text for text in dist.gather_text(f"{found[0]} (stage {stage})" if found else "") if text]
     return told[0] if told else None
 

@@ -1,6 +1,7 @@
 """What could end a run hours later, tried within seconds before anything is encoded."""
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -13,20 +14,23 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as torch_dist
-import torch.nn.functional as F
 
 from models.base import ModelFamily
 from utils import dist
 from utils.config.load import config_digest
-from utils.data.room import free_memory
+from utils.data.room import free_memory, unwritable
 from utils.monitor.console import short_bytes
-from utils.train.build import EngineSettings, cut_model
+from utils.train.activity import Activity, Batch
+from utils.train.build import EngineSettings
+from utils.train.estimate import Held, Load, estimate, largest_load
+from utils.train.memory import advice
 from utils.train.setup import Job, engine_settings
+from utils.train.trial import trial
 
 MEETING_S = 120.0  # NCCL takes tens of seconds to connect many GPUs for the first time
 SHARED_S = 30.0  # network file systems may remember for so long that a file is not there
-HEAD_DIM = 128  # of the attention that is tried: that of every released Wan
-MOMENTS = 2  # float32 numbers that Adam keeps of each trained one
+
+logger = logging.getLogger(__name__)
 
 
 class Check(NamedTuple):
@@ -34,6 +38,7 @@ class Check(NamedTuple):
 
     name: str
     wrong: tuple[str, ...]  # messages; none when all is well
+    doubts: tuple[str, ...] = ()  # what an estimate says will go wrong; estimates end no run
 
 
 def preflight(job: Job) -> list[Check]:
@@ -43,29 +48,35 @@ def preflight(job: Job) -> list[Check]:
     """
     config, told = job.config, f"{socket.gethostname()} (rank {dist.rank()})"
     folders = {"output_dir": config.output_dir, "cache_dir": config.cache_dir}
-    settings = engine_settings(config)
-    stages = [each for expert in job.family.experts().values() for each in stage_sizes(expert, settings)]
+    settings, load = engine_settings(config), largest_load(job.loaded, job.family)
+    stages = estimate(job.family, settings, load)
+    mine = dist.rank() * config.pipeline_stages // dist.world_size()
     job.activity.begin("the checks before the start")
     return [
         _agreed("all ranks reach each other", within(MEETING_S, meet, told)),
         Check("all ranks have the same config", tuple(differing(config_digest(job.loaded), told))),
-        Check("all ranks share the folders", tuple(unshared(folders, told))),
-        _agreed(f"{_word(job.family.compute_dtype)} and attention run here", _attention(job.family)),
+        Check("all ranks share the folders", tuple(unshared(_written(folders), told, SHARED_S))),
+        _block_runs(job.family, settings),
         _agreed("the disk has room for a checkpoint", list(_room(stages, config.output_dir))),
-        _agreed("the memory has room for the weights", list(_memory(stages[: config.pipeline_stages]))),
+        _agreed("the memory has room for weights and optimizer", too_much(mine, stages[mine], room_here())),
+        _agreed("the memory has room for a step, by estimate", [], doubtful(job, mine, stages[mine], load)),
     ]
 
 
 def require(checks: Sequence[Check]) -> None:
-    """Raises `ValueError` with all that is wrong."""
+    """Raises `ValueError` with all that is wrong, and tells what is doubtful."""
+    if dist.is_main():
+        for doubt in (doubt for check in checks for doubt in check.doubts):
+            logger.warning(doubt)
     if wrong := [message for check in checks for message in check.wrong]:
         raise ValueError("\n".join(wrong))
 
 
-def _agreed(name: str, wrong: Sequence[str]) -> Check:
-    """What any rank found wrong, on all of them, each message once."""
-    of_ranks = [json.loads(text) for text in dist.gather_text(json.dumps(list(wrong)))]
-    return Check(name, tuple(dict.fromkeys(message for messages in of_ranks for message in messages)))
+def _agreed(name: str, wrong: Sequence[str], doubts: Sequence[str] = ()) -> Check:
+    """What any rank found wrong, or doubtful, on all of them, each message once."""
+    of_ranks = [json.loads(text) for text in dist.gather_text(json.dumps([list(wrong), list(doubts)]))]
+    joined = ([message for rank in of_ranks for message in rank[kind]] for kind in (0, 1))
+    return Check(name, *(tuple(dict.fromkeys(messages)) for messages in joined))
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -127,7 +138,7 @@ def differing(digest: str, told: str) -> Iterator[str]:
         )
 
 
-def unshared(folders: Mapping[str, Path], told: str, seconds: float = SHARED_S) -> Iterator[str]:
+def unshared(folders: Mapping[str, Path], told: str, seconds: float) -> Iterator[str]:
     """Ranks that do not see what rank 0 writes to one of `folders`, by their key."""
     if dist.world_size() == 1:
         return
@@ -136,22 +147,30 @@ def unshared(folders: Mapping[str, Path], told: str, seconds: float = SHARED_S) 
     try:
         if dist.is_main():
             fault = _leave_tokens(folders, name)
-        dist.barrier()
-        missing = [] if dist.is_main() else _not_seen(folders, name, seconds)
-        of_ranks = [json.loads(text) for text in dist.gather_text(json.dumps([told, missing, fault]))]
+        fault = dist.text_from_main(fault)  # before anybody waits for what was never written
+        missing = [] if dist.is_main() or fault else _not_seen(folders, name, seconds)
+        of_ranks = [json.loads(text) for text in dist.gather_text(json.dumps([told, missing]))]
     finally:
         if dist.is_main():
             for folder in folders.values():
                 (folder / name).unlink(missing_ok=True)
-    if of_ranks[0][2]:
-        yield of_ranks[0][2]
+    if fault:
+        yield fault
         return
     for key, folder in folders.items():
-        if blind := [who for who, keys, _ in of_ranks if key in keys]:
+        if blind := [who for who, keys in of_ranks if key in keys]:
+            see = "does" if len(blind) == 1 else "do"
             yield (
-                f"{key} = '{folder}': {', '.join(blind)} does not see what {of_ranks[0][0]} writes there: all nodes "
-                "must share this folder; mount it on each of them, or name one that they share"
+                f"{key} = '{folder}': {' and '.join(blind)} {see} not see what {of_ranks[0][0]} writes there: all "
+                "nodes must share this folder; mount it on each of them, or name one that they share"
             )
+
+
+def _written(folders: Mapping[str, Path]) -> dict[str, Path]:
+    """Those that rank 0 writes to: a cache that has everything may be there to be read alone."""
+    cache = folders.get("cache_dir")
+    only_read = json.loads(dist.text_from_main(json.dumps(bool(cache and cache.is_dir() and unwritable(cache)))))
+    return {key: folder for key, folder in folders.items() if key != "cache_dir" or not only_read}
 
 
 def _leave_tokens(folders: Mapping[str, Path], name: str) -> str:
@@ -184,61 +203,32 @@ def _holds(folder: Path, name: str) -> bool:
 # --- this machine -----------------------------------------------------------------------------------------------------
 
 
-def _attention(family: ModelFamily) -> list[str]:
-    """Whether the model's attention, which is torch's, runs forward and backward in the dtype of the matrix products.
+class Room(NamedTuple):
+    """What this rank may still take, bytes."""
 
-    A call that runs in float16 may still overflow; that shows in training, step by step.
-    """
-    dtype, device = family.compute_dtype, dist.device()
-    try:
-        q, k, v = (torch.full((1, 2, 16, HEAD_DIM), 0.1, dtype=dtype, device=device).requires_grad_() for _ in "qkv")
-        F.scaled_dot_product_attention(q, k, v).float().sum().backward()
-        fine = all(x.grad is not None and bool(x.grad.isfinite().all()) for x in (q, k, v))
-        return (
-            []
-            if fine
-            else [f"[model] dtype = '{_word(dtype)}': attention gives no finite numbers on {dist.device_name()}"]
-        )
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        mend = "choose another dtype, or install a torch that is built for this device"
-        return [f"[model] dtype = '{_word(dtype)}': attention does not run on {dist.device_name()} ({reason}); {mend}"]
+    device: int
+    host: int  # its share of this machine's; the same memory where the device is the CPU
+    on_gpu: bool
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def room_here() -> Room:
+    host = free_memory() // dist.ranks_here()
+    return Room(torch.cuda.mem_get_info()[0], host, True) if dist.on_gpu() else Room(host, host, False)
 
 
-class Sizes(NamedTuple):
-    """Of one stage, bytes."""
-
-    weights: int
-    trained: int
-    state: int  # gradients and the optimizer's moments
-
-
-def stage_sizes(family: ModelFamily, settings: EngineSettings) -> list[Sizes]:
-    """What each stage holds for certain; activations, which depend on the clips, come on top."""
-    cut = cut_model(family, settings)
-    found = []
-    for first, end in zip(cut.bounds, cut.bounds[1:], strict=False):
-        held = {id(p): p for layer in cut.layers[first:end] for p in layer.parameters()}.values()
-        trained = [p for p in held if p.requires_grad]
-        found.append(
-            Sizes(
-                sum(p.numel() * p.element_size() for p in held),
-                sum(p.numel() * p.element_size() for p in trained),
-                sum(p.numel() * (p.element_size() + 4 * MOMENTS) for p in trained),
-            )
-        )
-    return found
+def _block_runs(family: ModelFamily, settings: EngineSettings) -> Check:
+    name = f"a block of the model runs here in {str(family.compute_dtype).removeprefix('torch.')}"
+    found = [trial(expert, settings) for expert in family.experts().values()]
+    if None in found:
+        name += f": left out, {family.title} knows no shapes of samples without clips"
+    return _agreed(name, [message for each in found for message in each or ()])
 
 
-def _room(stages: Sequence[Sizes], folder: Path) -> Iterator[str]:
+def _room(stages: Sequence[Held], folder: Path) -> Iterator[str]:
     """Whether a checkpoint and what is saved beside it fit on the disk. Rank 0 looks: the folder is shared."""
     if not dist.is_main():
         return
-    need = sum(2 * each.trained + each.state for each in stages)
+    need = sum(each.checkpoint + each.trained for each in stages)
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if need > free:
@@ -248,16 +238,57 @@ def _room(stages: Sequence[Sizes], folder: Path) -> Iterator[str]:
         )
 
 
-def _memory(stages: Sequence[Sizes]) -> Iterator[str]:
-    """Whether this rank's device holds the largest stage with nothing else on it. An optimizer of fewer bits needs
-    less than is counted here, so that only the weights and gradients of what is trained can be refused."""
-    on_gpu = dist.on_gpu()
-    free = torch.cuda.mem_get_info()[0] if on_gpu else free_memory() // dist.ranks_here()
-    number, need = max(enumerate(each.weights + each.trained for each in stages), key=lambda pair: pair[1])
-    if need > free:
-        where = "its GPU" if on_gpu else "its share of the host's memory"
+def too_much(stage: int, held: Held, room: Room) -> list[str]:
+    """Whether this rank cannot even hold what is certain: weights, gradients, optimizer state, and on the host the
+    weights of experts that wait."""
+    where = f"{socket.gethostname()}: stage {stage}"
+    told = held._replace(activations=None, offloaded=0)
+    if room.on_gpu and held.parked > room.host:
+        return [
+            f"{where} keeps {short_bytes(held.parked)} of weights of experts in host memory, and this rank's share of "
+            f"it has {short_bytes(room.host)} free; train one expert after the other, or use more pipeline_stages"
+        ]
+    need = held.certain + (0 if room.on_gpu else held.parked)
+    if need <= room.device:
+        return []
+    return [
+        f"{where} holds {short_bytes(need)} before any clip is there ({told.words()}), and {_place(room)} has "
+        f"{short_bytes(room.device)} free; use more pipeline_stages, transformer_dtype = 'float8', an [adapter] or one "
+        "of a lower rank, an optimizer with a smaller state, or end what else runs there"
+    ]
+
+
+def doubtful(job: Job, stage: int, held: Held, load: Load) -> list[str]:
+    """Whether a step of the largest bucket will not fit this rank, as far as a formula can tell."""
+    return [f"{text}{advice(job.loaded, _in_step(stage, load))}" for text in too_full(stage, held, load, room_here())]
+
+
+def too_full(stage: int, held: Held, load: Load, room: Room) -> Iterator[str]:
+    if held.activations is None:
+        return
+    start = f"{socket.gethostname()}: stage {stage} may run out of memory in steps with {load}: by estimate"
+    on_device = held.certain + held.activations + (0 if room.on_gpu else held.parked + held.offloaded)
+    if on_device > room.device:
         yield (
-            f"{socket.gethostname()}: stage {number} holds {short_bytes(need)} of weights and gradients, and "
-            f"{where} has {short_bytes(free)} free; use more pipeline_stages, transformer_dtype = 'float8', or end "
-            "what else runs there"
+            f"{start} it takes {short_bytes(on_device)} ({held.words()}), and {_place(room)} has "
+            f"{short_bytes(room.device)} free"
         )
+    on_host = held.parked + held.offloaded
+    if room.on_gpu and on_host > room.host:
+        yield (
+            f"{start} {short_bytes(on_host)} wait in host memory, and this rank's share of it has "
+            f"{short_bytes(room.host)} free"
+        )
+
+
+def _in_step(stage: int, load: Load) -> Activity:
+    """As if that micro-batch was under way, for advice on what to change."""
+    activity = Activity()
+    activity.stage = stage
+    activity.begin("a step", lambda _: Batch(str(load.bucket), ["clip"] * load.samples))
+    activity.note_next("forward")
+    return activity
+
+
+def _place(room: Room) -> str:
+    return "its GPU" if room.on_gpu else "its share of the host's memory"

@@ -24,7 +24,7 @@ from utils.data.listing import Skipped
 from utils.data.manifest import WEIGHTS_FILE, Manifest, build_manifest, overlap
 from utils.data.precache import PrecacheReport, precache
 from utils.data.records import MASK, TEXT
-from utils.data.room import FREE_SHARE, GIB, free_memory, require_disk
+from utils.data.room import FREE_SHARE, GIB, free_memory, require_disk, unwritable
 from utils.data.scan_memory import ScanMemory
 from utils.data.uses import keys_of, record_use
 from utils.data.whole import lacking
@@ -74,14 +74,15 @@ def prepare(
     store = open_cache(run.cache_dir)
     ring_bytes = ring_share(run.cache_ram_gb)
 
-    # runs may share the cache; what rank 0 decides is what every rank reads
-    named = dist.text_from_main(f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}-{secrets.token_hex(4)}")
-    folder = store.root / JOBS_FOLDER / named
+    read_only = unwritable(store.root)
+    folder = _meeting_place(store.root, run_dir, run.output_dir if read_only else None)
     with Crew(folder, dist.rank(), dist.world_size(), leave) as crew:
         if dist.is_main():
             manifests = scan(loaded, family, encoders, store, workers=workers, regenerate=regenerate, progress=progress)
             refuse_overlap(manifests)
             check(manifests[TRAIN])
+            if read_only:
+                require_complete(manifests, store.root, read_only)
             require_room(loaded, family, manifests, store, ring_bytes)
             if dist.world_size() > 1:
                 save_manifests(manifests, folder)
@@ -104,20 +105,45 @@ def prepare(
             regenerate=regenerate,
         )
         crew.meet(dist.barrier)  # so that nobody misses the files of one that is done
-    manifests = {name: manifest.without(report.failed) for name, manifest in manifests.items()}
+    manifests = {name: each.settled(report.black).without(report.failed) for name, each in manifests.items()}
     if dist.is_main():
         shutil.rmtree(folder, ignore_errors=True)
-        _note_down(store, manifests, run_dir)
+        _note_down(store, manifests, run_dir, read_only=bool(read_only))
     return Prepared(store, manifests, report)
 
 
-def _note_down(store: CacheStore, manifests: Mapping[str, Manifest], run_dir: Path | None) -> None:
+def _meeting_place(root: Path, run_dir: Path | None, instead: Path | None) -> Path:
+    """This start's own folder, as rank 0 names it: in the cache at `root`, which runs may share, or in the run's, or
+    `instead`, where that can only be read."""
+    named = f"{run_dir.name if run_dir else 'cache_only'}-{os.getpid()}-{secrets.token_hex(4)}"
+    beside = (run_dir or instead or root) / f".{JOBS_FOLDER}-{named}"
+    return Path(dist.text_from_main(str(beside if instead else root / JOBS_FOLDER / named)))
+
+
+def _note_down(store: CacheStore, manifests: Mapping[str, Manifest], run_dir: Path | None, *, read_only: bool) -> None:
     """What later starts and the cache's tool want to know, and the list of what is left out."""
-    remember_made(store, manifests.values())
-    record_use(store.root, keys_of(manifests.values()), run_dir.name if run_dir else "--cache_only")
-    sweep(store.root)
+    if not read_only:
+        remember_made(store, manifests.values())
+        record_use(store.root, keys_of(manifests.values()), run_dir.name if run_dir else "--cache_only")
+        sweep(store.root)
     if run_dir:
         write_skipped(run_dir / "skipped.jsonl", skipped(manifests))
+
+
+def require_complete(manifests: Mapping[str, Manifest], root: Path, why: str) -> None:
+    """Tells of a cache to which nothing can be written; raises `ValueError` where something must be."""
+    if lacks := len({(kind, job.key) for each in manifests.values() for kind in each.jobs for job in each.jobs[kind]}):
+        entries = "1 entry is" if lacks == 1 else f"{lacks:,} entries are"
+        raise ValueError(
+            f"cache_dir = '{root}' cannot be written to ({why}), and {entries} to be made; change its rights, or name "
+            "a folder of yours: a copy of this one needs those alone"
+        )
+    logger.warning(
+        "cache_dir = '%s' cannot be written to (%s): everything is there, so it is only read. What files and weights "
+        "hold is found out anew at each start",
+        root,
+        why,
+    )
 
 
 def remember_made(store: CacheStore, manifests: Iterable[Manifest]) -> None:
@@ -195,19 +221,19 @@ def scan(
     weights = FingerprintIndex(store.root / WEIGHTS_FILE)
     made_by = [[encoder.kind, weights.resolve(encoder.fingerprint())] for encoder in encoders]
 
-    def found(directories: Sequence[DirectoryConfig]) -> Manifest:
-        decided_by = [[of.model_dump(mode="json") for of in directories], repr(settings), made_by]
+    def found(directories: Sequence[DirectoryConfig], held_out: bool) -> Manifest:
+        decided_by = [[of.model_dump(mode="json") for of in directories], repr(settings), made_by, held_out]
         memory = ScanMemory(store, directories, decided_by, now_ns=time.time_ns())
         if not regenerate and (remembered := memory.manifest()):
             return remembered
-        options = {"workers": workers, "regenerate": regenerate, "progress": progress}
+        options = {"workers": workers, "regenerate": regenerate, "progress": progress, "held_out": held_out}
         scanned = build_manifest(directories, encoders=encoders, store=store, **settings, **options)
         memory.keep(scanned)
         return scanned
 
     with _collector_paused():
         datasets = {TRAIN: loaded.dataset, **loaded.eval_datasets}
-        return {name: found(dataset.directory) for name, dataset in datasets.items()}
+        return {name: found(dataset.directory, held_out=name != TRAIN) for name, dataset in datasets.items()}
 
 
 @contextmanager

@@ -8,13 +8,11 @@ import torch
 
 from models.base import Draw
 from utils import dist
-from utils.data.buckets import bucket_table
-from utils.data.clips import ClipRules, whole_length
-from utils.data.records import Bucket
 from utils.monitor import console as show
 from utils.monitor.logs import captured_output
 from utils.monitor.meters import peak_memory_bytes
 from utils.train.activity import LONG
+from utils.train.estimate import Load, estimate, largest_load
 from utils.train.experts import build_experts
 from utils.train.memory import is_out_of_memory, out_of_memory_words
 from utils.train.preflight import Check, preflight
@@ -26,8 +24,7 @@ STEPS = 2  # the first one warms up, the last one is timed
 class Rehearsed(NamedTuple):
     """What the steps took."""
 
-    bucket: Bucket
-    micro_batch: int
+    load: Load
     seconds: float  # of the last step
     peak_bytes: dict[int, int]  # by stage, the largest of its ranks
 
@@ -42,9 +39,12 @@ def rehearse(job: Job) -> int:
         checks = [*checks, check]
     if dist.is_main():
         for check in checks:
-            show.show(job.console, f"{'FAILED' if check.wrong else 'ok':<8}{check.name}")
-            for message in check.wrong:
+            show.show(job.console, f"{'FAILED' if check.wrong else 'doubt' if check.doubts else 'ok':<8}{check.name}")
+            for message in (*check.wrong, *check.doubts):
                 show.show(job.console, f"        {message}")
+        load = largest_load(job.loaded, job.family)
+        for stage, held in enumerate(estimate(job.family, engine_settings(job.config), load)):
+            show.show(job.console, f"stage {stage}, by estimate: {held.words()}")
         if rehearsed:
             show.show(job.console, told(rehearsed))
     dist.barrier()
@@ -54,47 +54,26 @@ def rehearse(job: Job) -> int:
 def told(rehearsed: Rehearsed) -> str:
     """`a step of 2 clips of 832x480x81 took 12.3 s; peak memory: stage 0 31.2 GB, stage 1 29.0 GB`."""
     peaks = [f"stage {stage} {show.short_bytes(peak)}" for stage, peak in sorted(rehearsed.peak_bytes.items())]
-    clips = show.counted(rehearsed.micro_batch, "clip")
-    what = f"a step with micro-batches of {clips} of {rehearsed.bucket}"
-    return f"{what} takes {rehearsed.seconds:.2f} s here; peak memory: {', '.join(peaks)}"
-
-
-def largest_bucket(job: Job) -> Bucket:
-    """The bucket whose micro-batch has the most tokens, of all that the training set may fill: no file is looked at."""
-    spec, config, family = job.family.media_spec(), job.config, job.family
-    buckets: list[Bucket] = []
-    for folder in job.loaded.dataset.directory:
-        rules = ClipRules.of(folder, config.video_clip_mode)
-        table = bucket_table(folder, spec, rules.any_length)
-        frames = [*table.frames, *([whole_length(rules.max_frames, spec)] if rules.any_length else [])]
-        sizes = [size for _, of_ratio in table.areas for size in of_ratio]
-        buckets += [*table.fixed, *(Bucket(*size, count) for size in sizes for count in frames)]
-
-    def tokens(bucket: Bucket) -> int:
-        of_one = family.tokens(*bucket)
-        return of_one * config.micro_batch_size(*bucket, of_one)
-
-    return max(buckets, key=tokens)
+    return f"a step with {rehearsed.load} takes {rehearsed.seconds:.2f} s here; peak memory: {', '.join(peaks)}"
 
 
 def _stepped(job: Job) -> tuple[Check, Rehearsed | None]:
     name = "a step at the largest bucket"
-    bucket = largest_bucket(job)
-    sample = job.family.blank_sample(*bucket)
+    load = largest_load(job.loaded, job.family)
+    sample = job.family.blank_sample(*load.bucket)
     if sample is None:
         return Check(f"{name}: left out, {job.family.title} knows no shapes of samples without clips", ()), None
     try:
-        return Check(name, ()), _steps(job, bucket, sample)
+        return Check(name, ()), _steps(job, load, sample)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         # the others wait for this rank in the middle of a step: the launcher has to end them
-        raise ValueError(f"{name}, {bucket}: {out_of_memory_words(error, job.activity, job.loaded)}") from error
+        raise ValueError(f"{name}, {load.bucket}: {out_of_memory_words(error, job.activity, job.loaded)}") from error
 
 
-def _steps(job: Job, bucket: Bucket, sample: dict[str, torch.Tensor]) -> Rehearsed:
-    config, device = job.config, dist.device()
-    size = config.micro_batch_size(*bucket, job.family.tokens(*bucket))
+def _steps(job: Job, load: Load, sample: dict[str, torch.Tensor]) -> Rehearsed:
+    config, device, size = job.config, dist.device(), load.samples
     job.activity.begin("building the model", patience=LONG)
     with captured_output(job.log_file):
         experts = build_experts(job.family, engine_settings(config), device)
@@ -119,4 +98,4 @@ def _steps(job: Job, bucket: Bucket, sample: dict[str, torch.Tensor]) -> Rehears
     peaks: dict[int, int] = {}
     for stage, peak in map(json.loads, dist.gather_text(mine)):
         peaks[stage] = max(peak, peaks.get(stage, 0))
-    return Rehearsed(bucket, size, seconds, peaks)
+    return Rehearsed(load, seconds, peaks)

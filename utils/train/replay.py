@@ -66,7 +66,8 @@ def replay(job: Job) -> None:
     source = job.resume or nearest_checkpoint(path.resolve().parent.parent, kept.step)
     if source is not None:
         job.activity.begin("reading the checkpoint", patience=LONG)
-        checkpoint_read.load(source, {n: Part(e.built.trained, None) for n, e in experts.items()})
+        parts = {n: Part(e.built.trained, None) for n, e in experts.items()}
+        checkpoint_read.load(source, parts, is_ours=False)  # the run may go on meanwhile
     if dist.is_main():
         weights = f"the weights of {source.name}" if source else "the weights that a run starts with"
         exact = "" if source and checkpoint.step_of(source) == kept.step - 1 else ", which are not those of the step"

@@ -1,10 +1,12 @@
 """What the loop saves of a run: checkpoints, written beside the next steps, and models."""
 
+import hashlib
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,9 @@ from utils.train.activity import LONG
 from utils.train.checkpoint import CheckpointError, Part, find, step_of
 from utils.train.checkpoint_write import SPARE_BYTES, Ended
 from utils.train.disk import Disk
+from utils.train.errors import is_lost_peer
 from utils.train.export import Model, export
-from utils.train.nonfinite import bad_weight
+from utils.train.nonfinite import bad_state, bad_weight
 from utils.train.optimizers import eval_mode
 from utils.train.parking import tensor_bytes
 from utils.train.triggers import Decision
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     # `utils.train.loop` imports this file
     from utils.train.loop import Run
 
+COURSE_MARK = "reelpipe.course"  # in the header of saved models, see `mark_of`
 EVALUATION = "evaluation"  # of what a stopped run owes; anything else is the name of a saved model
+RESCUE_S = 15.0  # how long a rank that fails waits for a checkpoint: all are to have ended 30 s after
 ROOM_S, LOOK_S = 600.0, 10.0  # how long the last model waits for room on a full disk, and between two looks
 
 logger = logging.getLogger(__name__)
@@ -38,6 +43,15 @@ def bad_weight_of(run: "Run") -> str | None:
     return bad_weight(trained, run.experts.engine.stage_id)
 
 
+def bad_of(run: "Run") -> str | None:
+    """In words what of a checkpoint would not be finite; all ranks call this."""
+    if name := bad_weight_of(run):
+        return f"the weight {name}"
+    parts = {name: (each.built.trained, each.built.optimizer) for name, each in run.experts.items()}
+    name = bad_state(parts, run.experts.engine.stage_id)
+    return name and f"the optimizer's {name}"
+
+
 def save_checkpoint(run: "Run", *, wait: bool = False, owed: Sequence[str] = ()) -> None:
     """Begin a checkpoint of this step. All ranks call this.
 
@@ -46,10 +60,8 @@ def save_checkpoint(run: "Run", *, wait: bool = False, owed: Sequence[str] = ())
         owed: what was due at this step, and is left to the start that goes on from it.
     """
     settle_checkpoint(run)  # there may be one on its way still
-    if name := bad_weight_of(run):
-        logger.error(
-            "no checkpoint of step %d: the weight %s is not finite; keeping earlier ones", run.state.step, name
-        )
+    if bad := bad_of(run):
+        logger.error("no checkpoint of step %d: %s is not finite; keeping earlier ones", run.state.step, bad)
         return
     run.activity.begin(f"writing the checkpoint of step {run.state.step}", patience=LONG)
     run.metrics.flush()  # numbers must not be behind the checkpoint
@@ -77,6 +89,29 @@ def settle_checkpoint(run: "Run") -> None:
         _note(run, run.checkpointer.settle())
 
 
+def retry_checkpoint(run: "Run") -> None:
+    """At the end of a run whose last checkpoint failed: once more, since room may have been made for the model."""
+    if run.last_checkpoint == run.state.step:
+        return
+    save_checkpoint(run, wait=True)
+    if run.last_checkpoint != run.state.step and dist.is_main():
+        logger.warning("the run ends at step %d without a checkpoint of it, see above; %s", run.state.step, way_on(run))
+
+
+@contextmanager
+def rescued(run: "Run") -> Iterator[None]:
+    """Meanwhile, an exception does not take a checkpoint with it that is being written beside: the next start finds it
+    if it is whole."""
+    try:
+        yield
+    except Exception as error:
+        if run.checkpointer.is_writing:
+            alone = dist.world_size() == 1
+            with run.activity.aside(f"writing the checkpoint of step {run.last_checkpoint} to its end"):
+                run.checkpointer.rescue(math.inf if alone else RESCUE_S, others_live=not is_lost_peer(error))
+        raise
+
+
 def _note(run: "Run", ended: Ended | None) -> None:
     if ended is None:
         return
@@ -95,7 +130,7 @@ def save_model(run: "Run", name: str) -> None:
     engine = run.experts.engine
     run.activity.begin(f"saving {name}", patience=LONG)
     now = run.milestones()
-    metadata = {**run.metadata, "reelpipe.step": str(now.step), "reelpipe.epoch": str(now.epochs_done)}
+    told = {"reelpipe.step": str(now.step), "reelpipe.epoch": str(now.epochs_done), COURSE_MARK: mark_of(run)}
     with ExitStack() as stack:
         for _, expert in run.experts.items():
             stack.enter_context(eval_mode(expert.built.optimizer))
@@ -106,7 +141,7 @@ def save_model(run: "Run", name: str) -> None:
             dtype=run.settings.save_dtype,
             stage=engine.stage_id,
             data_rank=engine.data_rank,
-            metadata=metadata,
+            metadata={**run.metadata, **told},
             extras=run.write_configs,
             formats=run.settings.formats,
             goes_on=run.state.step < run.settings.total_steps and not run.asked & Decision.QUIT,
@@ -114,6 +149,13 @@ def save_model(run: "Run", name: str) -> None:
     if folder is not None:
         run.last_saved, run.saved = run.state.step, folder
         logger.info("saved: %s", folder)
+
+
+def mark_of(run: "Run") -> str:
+    """Tells this step of this course from the same step of one that was left: by the losses so far, the data and the
+    settings. Nothing random: a run that is started twice writes the same files."""
+    facts = json.dumps([run.state.to_dict(), run.course, run.meters.state_dict()], sort_keys=True)
+    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
 def save_last_model(
@@ -137,7 +179,8 @@ def save_last_model(
     need, disk = model_bytes(run) + SPARE_BYTES, disk or Disk()
     if _has_room(disk, run.run_dir, need):
         return  # it failed for another reason, which no waiting mends
-    logger.warning(
+    logger.log(
+        logging.WARNING if dist.is_main() else logging.DEBUG,
         "%s is full: the trained weights of this run need %s, and %s are free. Waiting up to %s for room: delete or "
         "move what else lies on that disk, such as earlier models or checkpoints of other runs",
         run.run_dir,
@@ -175,8 +218,8 @@ def model_bytes(run: "Run") -> int:
 def way_on(run: "Run") -> str:
     """What is left to a run that ends without having saved what it should, for the message that says so."""
     try:
-        newest = find(run.run_dir)
+        newest = find(run.run_dir, complete=False)  # all ranks look
     except CheckpointError:
-        return "there is no checkpoint, so what was trained is lost; make room, then start again from the beginning"
+        return "there is no checkpoint, so what was trained is lost; mend that, then start again from the beginning"
     held = ", which holds them" if step_of(newest) == run.state.step else ""
-    return f"the newest checkpoint is {newest}{held}; make room, then start again with --resume_from_checkpoint"
+    return f"the newest checkpoint is {newest}{held}; mend that, then start again with --resume_from_checkpoint"

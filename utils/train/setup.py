@@ -1,10 +1,13 @@
 """From the command line to cached data: config, ranks, datasets, in this order."""
 
 import argparse
+import json
+import logging
 import os
 import secrets
-import threading
+import socket
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,21 +19,30 @@ from utils import dist
 from utils.config.load import ConfigError, LoadedConfig, load_config
 from utils.config.rules import check_paths, check_rules, require
 from utils.config.schema import RunConfig
+from utils.data.crew import PeerLost
 from utils.data.pace import record_pace
+from utils.data.room import unwritable
+from utils.dist_meeting import MEETING_S
 from utils.monitor.logs import captured_output, log_to_file, quiet_libraries, setup_logging, terminal
 from utils.monitor.metrics import WandbSettings
 from utils.monitor.progress import CacheProgress
 from utils.train import tell
 from utils.train.activity import Activity, Watched
+from utils.train.beats import clear_left
 from utils.train.build import AdapterSettings, EngineSettings, OptimizerSettings
 from utils.train.engine import init_distributed
 from utils.train.experts import check_experts
 from utils.train.fuse import Fusion
 from utils.train.order import check_order, refuse_other_model
 from utils.train.prepare import DEFAULT_WORKERS, Prepared, prepare
-from utils.train.run_folder import find_checkpoint, new_run_folder
+from utils.train.run_folder import SEEN_S, find_checkpoint, go_on, is_seen, new_run_folder
+from utils.train.run_lock import RunLock
+from utils.train.triggers import SignalFiles
 from utils.train.watchdog import Watchdog, prepare_folder
 
+logger = logging.getLogger(__name__)
+
+CACHE_ONLY = "cache_only-"  # how folders of starts without a run begin
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,9 +55,10 @@ class Job:
     family: ModelFamily
     console: Console
     notices: list[str]
-    resume: Path | None  # checkpoint to go on with
-    run_dir: Path | None = None  # known once ranks have met
+    resume: Path | None = None  # checkpoint to go on with; it and the folder are known once ranks have met
+    run_dir: Path | None = None
     log_file: Path | None = None
+    lock: RunLock | None = None  # on the run folder
     activity: Activity = field(default_factory=Activity)  # what this rank is doing
 
     @property
@@ -84,11 +97,7 @@ def read_config(flags: argparse.Namespace) -> Job:
         family.check_formats(loaded.run.adapter.type, loaded.run.adapter.save_format)
     if loaded.run.monitoring.enable_wandb:
         wandb_settings(loaded).check()
-    resume = None
-    if flags.resume_from_checkpoint is not None:
-        resume = find_checkpoint(loaded.run.output_dir, flags.resume_from_checkpoint)
-        refuse_other_model(resume, family.title)
-    return Job(flags, loaded, family, console, notices, resume)
+    return Job(flags, loaded, family, console, notices)
 
 
 def share_cores() -> None:
@@ -98,26 +107,88 @@ def share_cores() -> None:
 
 
 def join(job: Job) -> None:
-    """Meet the other ranks and agree on the run folder."""
-    patience = threading.Timer(5.0, tell.waiting, [job.console])
+    """Meet the other ranks and agree on the run folder, and on the checkpoint to go on from.
+
+    Rank 0 alone looks for them: ranks that did so at different moments could go on from different checkpoints.
+
+    Raises:
+        ValueError: on rank 0; there is nothing to go on from, another start is at work there, or not all ranks see it.
+        OSError: on rank 0; the folder cannot be written to.
+        PeerLost: the same on the others.
+    """
+    with captured_output(None):
+        init_distributed(partial(tell.waiting, job.console), max(MEETING_S, job.config.stall_timeout_s))
+    trouble: Exception | None = None
     if dist.is_main():
-        patience.start()
-    try:
-        with captured_output(None):
-            init_distributed()
-    finally:
-        patience.cancel()
-    run_dir = job.resume.parent if job.resume else None
-    if job.flags.replay:
-        run_dir = None  # its folder may be in use
-    elif run_dir is None and dist.is_main() and not (job.flags.cache_only or job.flags.preflight):
-        run_dir = new_run_folder(job.config.output_dir)
-    agreed = dist.text_from_main(str(run_dir or ""))
-    if agreed:
-        job.run_dir = Path(agreed)
+        try:
+            find_place(job)
+        except (ValueError, OSError) as error:
+            trouble = error
+    mine = [str(job.run_dir or ""), str(job.resume or ""), str(trouble or "")]
+    run_dir, resume, refusal = json.loads(dist.text_from_main(json.dumps(mine)))
+    if refusal:
+        raise trouble or PeerLost(refusal)
+    job.run_dir, job.resume = (Path(text) if text else None for text in (run_dir, resume))
+    if job.run_dir and not dist.is_main():
+        job.lock = RunLock(job.run_dir)
+        job.lock.follow(dist.rank())
+    if job.resume:
+        require_seen(job)
+    if job.run_dir:
         job.log_file = log_to_file(job.run_dir, dist.rank())
     if dist.is_main():
         tell.introduce(job.console, job.family, job.config, job.run_dir, job.resume, job.notices)
+
+
+def find_place(job: Job) -> None:
+    """On rank 0: the run folder, which is held from then on, and the checkpoint.
+
+    Raises:
+        ValueError: as for `join`.
+        OSError: the folder cannot be written to.
+    """
+    flags, output_dir, asked = job.flags, job.config.output_dir, job.flags.resume_from_checkpoint
+    if asked is not None and flags.replay:
+        job.resume = find_checkpoint(output_dir, asked)  # its folder may be in use
+    elif asked is not None:
+        job.resume, job.lock = go_on(output_dir, asked, logger.info)
+        job.run_dir = job.resume.parent
+        SignalFiles(job.run_dir).drop()
+    elif not (flags.cache_only or flags.preflight or flags.replay):
+        job.run_dir = new_run_folder(output_dir)
+        job.lock = RunLock(job.run_dir)
+        job.lock.take(logger.info)
+    if job.resume:
+        try:
+            refuse_other_model(job.resume, job.family.title)
+        except ValueError:
+            let_go(job)
+            raise
+
+
+def require_seen(job: Job) -> None:
+    """Wait until all ranks see the checkpoint that rank 0 has found: a network disk may be late. Raises as `join`."""
+    assert job.resume is not None, "found by rank 0"
+    name = "" if is_seen(job.resume, SEEN_S) else f"{socket.gethostname()} (rank {dist.rank()})"
+    if blind := [each for each in dist.gather_text(name) if each]:
+        let_go(job)
+        refusal = (
+            f"{', '.join(blind)} does not see the checkpoint {job.resume}, which rank 0 goes on from, within "
+            f"{SEEN_S:g} s: all nodes must share output_dir = '{job.config.output_dir}'; mount it on each of them"
+        )
+        raise ValueError(refusal) if dist.is_main() else PeerLost(refusal)
+
+
+def let_go(job: Job) -> None:
+    """Of the run folder, before there was anything done in it."""
+    if job.lock is not None:
+        job.lock.release(dist.is_main(), clean=True)
+        job.lock = None
+
+
+def _can_hold(cache_dir: Path) -> bool:
+    """Whether files may be left in the cache, which may be one to be read alone."""
+    return not (cache_dir.is_dir() and unwritable(cache_dir))
 
 
 def watch(job: Job) -> Watchdog:
@@ -125,8 +196,11 @@ def watch(job: Job) -> Watchdog:
     folder = job.run_dir
     if folder is None:  # --cache_only, where other starts may use the cache too
         # process ids repeat: starts in containers, each with a namespace of its own, all have the same few
-        name = f"cache_only-{os.getpid()}-{secrets.token_hex(4)}"
-        folder = Path(dist.text_from_main(str(job.config.cache_dir / name)))
+        name = f"{CACHE_ONLY}{os.getpid()}-{secrets.token_hex(4)}"
+        there = job.config.cache_dir if _can_hold(job.config.cache_dir) else job.config.output_dir
+        if dist.is_main():
+            clear_left(there, CACHE_ONLY)
+        folder = Path(dist.text_from_main(str(there / name)))
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         prepare_folder(folder)
@@ -138,6 +212,7 @@ def watch(job: Job) -> Watchdog:
         world=dist.world_size(),
         stall_timeout_s=job.config.stall_timeout_s,
         log_file=job.log_file,
+        here=dist.peers_here(),
     ).start()
 
 

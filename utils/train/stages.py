@@ -122,6 +122,21 @@ class LayerRunner(NamedTuple):
     offload: bool  # and keep its input in host memory meanwhile
     dropout_seed: int | None  # None: no layer draws random numbers
 
+    def precision(self, device: str) -> Any:
+        """What layers are run within, on a device of that type."""
+        return torch.autocast(device, self.autocast) if self.autocast else nullcontext()
+
+    def run(self, layer: nn.Module, inputs: Boundary) -> Any:
+        recompute = self.checkpointing and torch.is_grad_enabled() and getattr(layer, "checkpointable", False)
+        if not recompute:
+            return layer(inputs)
+        place = nullcontext()
+        if self.offload:
+            place = torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda)
+        with place:
+            keep_random_state = self.dropout_seed is not None
+            return checkpoint(_flat, layer, *inputs, use_reentrant=False, preserve_rng_state=keep_random_state)
+
 
 class StagedModule(PipelineModule):
     """This rank's layers, with parameters of their own; the others stay on meta.
@@ -194,26 +209,13 @@ class StagedModule(PipelineModule):
 
     def forward(self, forward_input: Any) -> Any:
         runner, inputs = self._runner, forward_input
-        device = inputs[0].device.type
-        precision = torch.autocast(device, runner.autocast) if runner.autocast else nullcontext()
-        with precision:
+        with runner.precision(inputs[0].device.type):
             for index, layer in enumerate(self.forward_funcs, start=self._local_start):
                 if runner.dropout_seed is not None and self.training:
                     # a layer's dropout depends on counters, not on what ran before: resume repeats it
                     torch.manual_seed(counter_hash(runner.dropout_seed, "dropout", *self.random_path, index))
-                inputs = self._run(layer, inputs)
+                inputs = runner.run(layer, inputs)
         return inputs
-
-    def _run(self, layer: nn.Module, inputs: Boundary) -> Any:
-        recompute = self._runner.checkpointing and torch.is_grad_enabled() and getattr(layer, "checkpointable", False)
-        if not recompute:
-            return layer(inputs)
-        keep_random_state = self._runner.dropout_seed is not None
-        place = nullcontext()
-        if self._runner.offload:
-            place = torch.autograd.graph.save_on_cpu(pin_memory=inputs[0].is_cuda)
-        with place:
-            return checkpoint(_flat, layer, *inputs, use_reentrant=False, preserve_rng_state=keep_random_state)
 
 
 def _flat(layer: nn.Module, *inputs: Tensor) -> Any:

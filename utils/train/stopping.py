@@ -1,16 +1,13 @@
-"""Why a run ends before its end: a signal, a launcher that has gone, time that is nearly up; each rank sees its own."""
+"""Why a run ends before its end, and with which status: a signal, a launcher that has gone, time that is nearly up."""
 
+import math
 import os
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from utils.data.liveness import born_at
 from utils.train.triggers import Decision
@@ -19,24 +16,28 @@ from utils.train.triggers import Decision
 # for the checkpoint only: it holds all that an export needs.
 AT_ONCE = Decision.CHECKPOINT | Decision.QUIT
 SIGNALS: dict[int, Decision] = {
-    signal.SIGTERM: AT_ONCE | Decision.TERMINATED,
-    signal.SIGINT: AT_ONCE | Decision.INTERRUPTED,
-    signal.SIGUSR1: AT_ONCE | Decision.WARNED,
+    signal.SIGTERM: Decision.TERMINATED,
+    signal.SIGINT: Decision.INTERRUPTED,
+    signal.SIGUSR1: Decision.WARNED,
+    signal.SIGHUP: Decision.HUNG_UP,
 }
 REASONS: dict[Decision, str] = {
     Decision.TERMINATED: "SIGTERM came",
     Decision.INTERRUPTED: "Ctrl-C",
     Decision.WARNED: "SIGUSR1 came",
+    Decision.HUNG_UP: "SIGHUP came (the terminal has gone)",
     Decision.ORPHANED: "the launcher has ended",
     Decision.TIME_UP: "max_runtime_minutes is nearly over",
 }
+# Whoever asked for one of these will not wait for anything but a checkpoint.
+HURRIED = Decision(sum(REASONS))
 # A job that only ran out of time is to be queued again; one that somebody ended is not.
 REQUEUED = Decision.WARNED | Decision.TIME_UP
 
-INTERRUPTED_STATUS = 130
-STUCK_S = 3.0  # after a second Ctrl-C, before the process is ended whatever its main thread does
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+ENDED_STATUSES = {Decision.INTERRUPTED: INTERRUPTED_STATUS, Decision.HUNG_UP: 128 + signal.SIGHUP}
 LAUNCHERS = frozenset({"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "accelerate"})
-RECENT_ROUNDS = 100
+RECENT_ROUNDS, RECENT_LOOKS = 100, 10
 SPARE_S = 20.0  # for the last words, and for processes to end
 
 
@@ -45,100 +46,32 @@ def reason(asked: Decision) -> str:
     return " and ".join(words for cause, words in REASONS.items() if asked & cause)
 
 
+def is_hurried(asked: Decision) -> bool:
+    """Whether nothing but a checkpoint may be waited for."""
+    return bool(asked & HURRIED)
+
+
 def exit_status(asked: Decision, requeue_exit_code: int, finished: bool) -> int:
     """Of a run that came to its end or was stopped."""
     return requeue_exit_code if asked & REQUEUED and not finished else 0
 
 
 class TooEarly(KeyboardInterrupt):
-    """The job is to end before its first step: nothing to write, and it is to be queued again. Says why."""
+    """The job is to end before its first step; says why, and what is kept. `status` is the one to leave with."""
+
+    def __init__(self, words: str, status: int = INTERRUPTED_STATUS) -> None:
+        super().__init__(words)
+        self.status = status
 
 
-@contextmanager
-def before_training(max_runtime_minutes: float | None) -> Iterator[None]:
-    """SIGUSR1, which would kill, and the end of the time raise `TooEarly` meanwhile: while caching and loading there is
-    no step to wait for."""
+def early_status(first: Decision, requeue_exit_code: int) -> int:
+    """Of a start that was stopped before its first step: 128 and the signal's number, as shells have it, where somebody
+    ended it, for unlike a run that leaves a checkpoint it has nothing to show.
 
-    over = threading.Event()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise TooEarly(REASONS[Decision.TIME_UP if over.is_set() else Decision.WARNED])
-
-    def wake() -> None:
-        over.set()
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-    left = (max_runtime_minutes or 0.0) * 60 - age_s() - SPARE_S
-    timer = threading.Timer(max(left, 0.0), wake)
-    timer.daemon = True
-    previous = signal.signal(signal.SIGUSR1, end)
-    try:
-        if max_runtime_minutes is not None:
-            timer.start()
-        yield
-    finally:
-        timer.cancel()
-        signal.signal(signal.SIGUSR1, previous)
-
-
-@dataclass(slots=True)
-class StopSignals:
-    """SIGTERM, SIGUSR1 and Ctrl-C as a flag, read between steps. A second Ctrl-C stops at once.
-
-    Use as a context manager around the loop, in the main thread. Any rank's flag counts: DeepSpeed's launcher signals
-    rank 0 first and the others only after it has gone, Slurm signals all, a person may choose one.
+    Args:
+        first: what it was asked for before anything else.
     """
-
-    asked: Decision = Decision.NONE
-    launchers: dict[int, str] = field(default_factory=lambda: launchers_above())
-    _interrupts: int = 0
-    _previous: dict[int, Any] = field(default_factory=dict)
-    _over: threading.Event = field(default_factory=threading.Event)
-    _woken: tuple[int, int] = (-1, -1)  # the wakeup pipe, and what was there before
-
-    def poll(self) -> Decision:
-        """What this rank was asked for since it began; the end of its launcher asks too."""
-        if any(has_gone(pid, born) for pid, born in self.launchers.items()):
-            self.asked |= AT_ONCE | Decision.ORPHANED
-        return self.asked
-
-    def __enter__(self) -> "StopSignals":
-        handlers: dict[int, Callable[[int, FrameType | None], None]] = dict.fromkeys(SIGNALS, self._note)
-        for number, handler in {**handlers, signal.SIGINT: self._interrupt}.items():
-            self._previous[number] = signal.signal(number, handler)
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        self._woken = writer, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._end_if_stuck, args=(reader,), name="second Ctrl-C", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        writer, before = self._woken
-        signal.set_wakeup_fd(before)
-        os.close(writer)
-        while self._previous:
-            number, previous = self._previous.popitem()
-            signal.signal(number, previous)
-
-    # Handlers only set a flag: logging from one can deadlock on a lock that the interrupted code holds.
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.asked |= SIGNALS[number]
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupts += 1
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        self._note(number, frame)
-
-    def _end_if_stuck(self, reader: int) -> None:
-        """A main thread that waits in C code for another rank runs no handler; the interpreter still tells the pipe."""
-        interrupts = 0
-        while interrupts < 2 and (numbers := os.read(reader, 64)):
-            interrupts += numbers.count(signal.SIGINT)
-        if interrupts > 1 and not self._over.wait(STUCK_S):
-            os._exit(INTERRUPTED_STATUS)
-        os.close(reader)
+    return requeue_exit_code if first & REQUEUED else ENDED_STATUSES.get(first, 128 + signal.SIGTERM)
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------------
@@ -199,6 +132,8 @@ class TimeLimit:
         self._clock, self._save_s, self._asked_at = clock, save_s, clock()
         self._ends_at = None if minutes is None else self._asked_at - (age_s() if age < 0 else age) + minutes * 60
         self._rounds: deque[float] = deque(maxlen=RECENT_ROUNDS)
+        self._looked_at = -math.inf
+        self._gaps: deque[float] = deque(maxlen=RECENT_LOOKS)
 
     def saved(self, seconds: float) -> None:
         """A checkpoint took so long, until it was complete."""
@@ -212,6 +147,23 @@ class TimeLimit:
         now = self._clock()
         self._rounds.append(now - self._asked_at)
         self._asked_at = now
-        if self._ends_at is None or now + max(self._rounds) + self._save_s + SPARE_S < self._ends_at:
+        return self._decide(now, max(self._rounds))
+
+    def look(self, to_leave: int) -> Decision:
+        """Asked meanwhile, between micro-batches: whether there may be no time but for a checkpoint.
+
+        Args:
+            to_leave: further looks until all ranks have left what they are at.
+        """
+        now = self._clock()
+        if self._looked_at < self._asked_at:
+            self._gaps.clear()  # of another round
+        if to_leave:
+            self._gaps.append(now - max(self._looked_at, self._asked_at))
+        self._looked_at = now
+        return self._decide(now, max(self._gaps, default=0.0) * to_leave)
+
+    def _decide(self, now: float, more_s: float) -> Decision:
+        if self._ends_at is None or now + more_s + self._save_s + SPARE_S < self._ends_at:
             return Decision.NONE
         return AT_ONCE | Decision.TIME_UP

@@ -15,16 +15,19 @@ from utils import dist
 from utils.config.load import ConfigError, LoadedConfig, load_config
 from utils.config.rules import check_paths, check_rules
 from utils.config.schema import RunConfig
+from utils.data.black_masks import known_black
 from utils.data.cache import CacheStore
+from utils.data.cutting import cut_dataset
 from utils.data.findings import TRAIN_AND_EVAL, Finding, Measured, findings
 from utils.data.inspection import LOOKS_FILE, look_at, view_of
 from utils.data.keys import Keys
 from utils.data.listing import Skipped
-from utils.data.manifest import Count, Group, Manifest, cut_dataset
+from utils.data.manifest import Count, Group, Job, Manifest, uses_left_out
 from utils.data.masks import MaskJob
 from utils.data.plan import EpochPlan
 from utils.data.precache import precache
 from utils.data.records import MASK, Bucket, Clip, Entry
+from utils.data.room import unwritable
 from utils.data.stat_index import StatIndex
 from utils.data.whole import lacking
 from utils.data.workers import Progress
@@ -48,6 +51,7 @@ class Survey:
     clips: list[tuple[str, Clip]] = field(default_factory=list)  # with the dataset's name; the training set's first
     skipped: list[tuple[str, Skipped]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)  # what was done to clips
+    black: frozenset[str] = frozenset()  # keys of loss masks: uses of clips that are left out
     measured: list[Measured] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     plan: EpochPlan | None = None  # None where there is nothing to train on
@@ -121,34 +125,52 @@ def explore(survey: Survey, progress: Progress) -> None:
 
 
 def try_masks(survey: Survey, store: CacheStore, progress: Progress) -> None:
-    """Make the loss masks, which takes no weights; clips with one that cannot be used are left out."""
-    wanted = masks_of(survey)
-    absent = lacking(store, MASK, wanted)
-    jobs = [wanted[key] for key in wanted if key in absent]
-    if not jobs:
-        return
-    failed = precache(
-        [Manifest([], [], [], {MASK: jobs}, {MASK: Count(len(jobs), 0)}, "")],
-        (),
-        store,
-        device=torch.device("cpu"),
-        workers=survey.workers,
-        batch_size=1,
-        progress=progress,
-        decode_timeout_s=survey.config.decode_timeout_s,
-        ring_bytes=ring_share(survey.config.cache_ram_gb),
-        skip_bad_media=True,
-    ).failed
+    """Make the loss masks, which takes no weights; clips with one that cannot be used are left out, and the uses of
+    others under which nothing would be trained."""
+    wanted, known = masks_of(survey), known_black(store.root)
+    by_clip = [[job.key for job in masks_by_turn(survey, clip)] for _, clip in survey.clips]
+    # a black mask is made again where it takes its clip with it, to tell why
+    spared = known.difference(*(keys for keys in by_clip if known.issuperset(keys)))
+    absent = lacking(store, MASK, wanted) - spared
+    failed, survey.black = _make_masks(survey, store, [wanted[key] for key in wanted if key in absent], progress)
+    survey.black |= spared
     lost: dict[tuple[str, Skipped], None] = {}  # a file's clips may all fail for one reason
-    kept = []
-    for name, clip in survey.clips:
-        whys = [failed[job.key] for job in masks_by_turn(survey, clip) if job.key in failed]
-        if whys:
-            reason = f"as the mask of {clip.media.path.name}: {whys[0].reason}"
-            lost[name, whys[0]._replace(reason=reason)] = None
+    kept, left_out = [], []
+    for (name, clip), keys in zip(survey.clips, by_clip, strict=True):
+        unusable = [key for key in keys if key in failed or key in survey.black]
+        if unusable and (len(unusable) == len(keys) or not survey.black.issuperset(unusable)):
+            why = next(failed[key] for key in unusable if key in failed)
+            lost[name, why._replace(reason=f"as the mask of {clip.media.path.name}: {why.reason}")] = None
         else:
             kept.append((name, clip))
+            left_out += [len(unusable)] if unusable else []
     survey.clips, survey.skipped = kept, [*survey.skipped, *lost]
+    if left_out:
+        survey.notices.append(uses_left_out(sum(left_out), len(left_out)))
+
+
+def _make_masks(
+    survey: Survey, store: CacheStore, jobs: list[Job], progress: Progress
+) -> tuple[dict[str, Skipped], frozenset[str]]:
+    """Why some could not be made, by key, and which of these are black."""
+    if jobs and (why := unwritable(store.root)):
+        masks = show.counted(len(jobs), "loss mask")
+        survey.notices.append(f"cache_dir = '{store.root}' cannot be written to ({why}), so {masks} could not be tried")
+    elif jobs:
+        report = precache(
+            [Manifest([], [], [], {MASK: jobs}, {MASK: Count(len(jobs), 0)}, "")],
+            (),
+            store,
+            device=torch.device("cpu"),
+            workers=survey.workers,
+            batch_size=1,
+            progress=progress,
+            decode_timeout_s=survey.config.decode_timeout_s,
+            ring_bytes=ring_share(survey.config.cache_ram_gb),
+            skip_bad_media=True,
+        )
+        return report.failed, report.black
+    return {}, frozenset()
 
 
 def measure(survey: Survey, store: CacheStore, progress: Progress) -> None:
@@ -182,10 +204,19 @@ def decoded(survey: Survey) -> dict[tuple, Bucket]:
     """Bucket of each clip that encoders will see, equal ones once."""
     return {
         (clip.media.content_hash, turn.start, turn.fps, turn.source_fps, turn.fill, *framed): turn.bucket
-        for _, clip in survey.clips
-        for turn in clip.each_turn()
+        for name, clip in survey.clips
+        for turn in used_turns(survey, name, clip)
         for framed in [(turn.framing, turn.bucket)]
     }
+
+
+def used_turns(survey: Survey, name: str, clip: Clip) -> Sequence[Clip]:
+    """What is encoded of a clip of the dataset `name`: of held-out ones the first turn alone."""
+    turns: Sequence[Clip] = clip.each_turn()
+    if survey.black:
+        made = [(turn, Keys.mask(turn, survey.outline.media)) for turn in turns]
+        turns = [turn for turn, job in made if not job or job.key not in survey.black]
+    return turns if name == TRAIN else turns[:1]
 
 
 def masks_of(survey: Survey) -> dict[str, MaskJob]:

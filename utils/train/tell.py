@@ -25,10 +25,9 @@ from utils.train.prepare import Prepared, skipped
 NOUNS = {"mask": "mask", "latents": "clip", "condition": "condition", "image": "image state", "text": "caption"}
 
 
-def waiting(console: Console) -> None:
-    """While ranks meet. On a CPU DeepSpeed compiles a small library the first time, which takes a minute."""
-    why = "" if dist.on_gpu() else "; the first time on a machine DeepSpeed compiles a small library"
-    show.show(console, f"waiting for {show.counted(dist.world_size(), 'rank')} to meet{why}")
+def waiting(console: Console, what: str) -> None:
+    """While ranks meet."""
+    show.show(console, what)
 
 
 def introduce(
@@ -205,4 +204,5 @@ def goodbye(console: Console, config: RunConfig, run: Run, finished: bool) -> No
         "see the curves": f"tensorboard --logdir {shlex.quote(str(run.run_dir.parent))}",
         onward: f"{start} --resume_from_checkpoint {run.run_dir.name}",
     }
-    show.show(console, show.closing_panel(paths, commands, title="Done" if finished else "Stopped"))
+    lacking = ", but there is no checkpoint of the last step" if run.last_checkpoint != run.state.step else ""
+    show.show(console, show.closing_panel(paths, commands, title=f"Done{lacking}" if finished else "Stopped"))

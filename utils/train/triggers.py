@@ -27,6 +27,7 @@ class Decision(enum.IntFlag):
     WARNED = 32  # by SIGUSR1, as schedulers do before they kill
     ORPHANED = 64  # the launcher has ended
     TIME_UP = 128  # max_runtime_minutes
+    HUNG_UP = 256  # by SIGHUP, as where the connection to the terminal is lost
 
 
 class Counts(Protocol):
@@ -75,9 +76,10 @@ def _passed(every: int | None, before: int, after: int) -> bool:
     return bool(every) and after // every > before // every
 
 
+QUIT_FILE = "save_quit"
 # File in the run folder -> what it asks for. On quitting the model is saved too, so that no run ends without a file.
 SIGNAL_FILES: dict[str, Decision] = {
-    "save_quit": Decision.CHECKPOINT | Decision.SAVE | Decision.QUIT,
+    QUIT_FILE: Decision.CHECKPOINT | Decision.SAVE | Decision.QUIT,
     "save": Decision.CHECKPOINT,
 }
 
@@ -91,14 +93,24 @@ class SignalFiles:
     def poll(self) -> Decision:
         """What is asked for. Looks once, on rank 0, and takes the files away so that each acts once."""
         decision = Decision.NONE
-        for name, meaning in SIGNAL_FILES.items():
-            path = self.run_dir / name
-            if not path.is_file():
-                continue
-            decision |= meaning
+        for name in self._taken():
+            decision |= SIGNAL_FILES[name]
+        return decision
+
+    def drop(self) -> None:
+        """Take away what was meant for an earlier start, which ended before it looked: this one would end after one
+        step. Rank 0 calls this as soon as the folder is its own."""
+        for name in self._taken():
+            logger.warning(
+                "%s was there before this start, and is taken away: it was for an earlier one", self.run_dir / name
+            )
+
+    def _taken(self) -> list[str]:
+        found = [name for name in SIGNAL_FILES if (self.run_dir / name).is_file()]
+        for path in (self.run_dir / name for name in found):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 # it would be found again at every step; saying so is all that can be done
                 logger.warning("cannot delete the signal file %s (%s); please delete it", path, error)
-        return decision
+        return found

@@ -15,16 +15,19 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO
 
 from utils.data.liveness import machine
+from utils.dist_meeting import tell_launcher
 from utils.train import beats
 from utils.train.activity import LONG, Activity
-from utils.train.faults import Fault, clear_faults, read_faults, write_fault
+from utils.train.faults import FOLDER, Fault, clear_faults, read_faults, write_fault
 from utils.train.run_folder import TIME_FORMAT
+from utils.train.signals import STOP
 
 STALLED = 3  # exit status
 FAILED = 1
@@ -44,6 +47,7 @@ class Watchdog:
         run_dir: where all ranks can write; `prepare_folder` must have been called on it by rank 0, before the others.
         stall_timeout_s: 0 never takes silence for a stall.
         log_file: where the interpreter writes stacks when this thread cannot, since C code holds it up. None: stderr.
+        here: ranks of this machine, one of which tells of the end of others. None: all.
     """
 
     def __init__(
@@ -55,9 +59,11 @@ class Watchdog:
         world: int,
         stall_timeout_s: float,
         log_file: Path | None = None,
+        here: Sequence[int] | None = None,
     ) -> None:
         self.activity, self.run_dir, self.rank, self.world = activity, run_dir, rank, world
         self._timeout_s = stall_timeout_s
+        self._here = range(world) if here is None else here
         self._host = machine()
         self._alive = run_dir / beats.FOLDER
         self._peers: dict[int, beats.Beat] = {}  # of this host, as last read
@@ -75,6 +81,11 @@ class Watchdog:
         self._thread.start()
         return self
 
+    @property
+    def meeting_place(self) -> Path | None:
+        """Where ranks leave word for each other; None where there is no other."""
+        return self._alive if self.world > 1 else None
+
     def stop(self) -> None:
         """This rank leaves by itself: nobody is to miss it."""
         self._stop.set()
@@ -85,7 +96,12 @@ class Watchdog:
             self._log.close()
         with suppress(OSError):
             (self._alive / f"rank_{self.rank}.json").unlink(missing_ok=True)
-        for folder in (self._alive, self.run_dir):  # by the last one; a run's is never empty
+            (self._alive / f"tmp-rank_{self.rank}.json").unlink(missing_ok=True)  # there where the disk was full
+            if not any(self._alive.glob("rank_*")):  # the last one
+                (self._alive / STOP).unlink(missing_ok=True)
+                if {path.name for path in self.run_dir.iterdir()} <= {beats.FOLDER, FOLDER}:
+                    clear_faults(self.run_dir)  # the folder was made for the watch alone
+        for folder in (self._alive, self.run_dir / FOLDER, self.run_dir):  # where empty; a run's never is
             with suppress(OSError):
                 folder.rmdir()
 
@@ -118,8 +134,8 @@ class Watchdog:
             time.sleep(0.2)
 
     def speaks_for(self, fault: Fault) -> bool:
-        """Whether this rank is the one that tells of another's end: the lowest that is left."""
-        return self.rank == min(set(range(self.world)) - {fault.rank}, default=0)
+        """Whether this rank is the one that tells of another's end on its machine: the lowest that is left there."""
+        return self.rank == min(set(self._here) - {fault.rank}, default=0)
 
     def _look_for_gone(self) -> None:
         for rank in range(self.world):
@@ -187,6 +203,7 @@ class Watchdog:
         self._fault_seen = self._fault_seen or time.monotonic()
         if time.monotonic() - self._fault_seen > FOLLOW_S and not self._stop.is_set():
             self._arm(LAST_RESORT_S)
+            tell_launcher(found[0].words())
             logger.log(logging.ERROR if self.speaks_for(found[0]) else logging.DEBUG, "%s", found[0].words())
             self._leave(FAILED)
         return True
@@ -238,6 +255,7 @@ class Watchdog:
             f"{self.activity.place()}{beats.who_waits(told, self.world)}\n  stacks of all ranks: "
             f"{folder / stamp}_rank_*.txt; go on with --resume_from_checkpoint"
         )
+        tell_launcher(text)
         if narrator == self.rank:
             logger.error("%s", text)
             with suppress(OSError):
