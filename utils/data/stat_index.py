@@ -22,7 +22,11 @@ def hash_file(path: Path) -> str:
 
 
 class StatIndex:
-    """File -> JSON value, valid while size, modification time and inode stay the same.
+    """File -> JSON value, valid while size, times and inode stay the same.
+
+    Of the times, that of the last change of anything tells of a file that was written over by an archive's, whose time
+    of modification nobody can trust. A file that changes while it is looked at is looked at again: what is put counts
+    for the file as it was when `get` was asked for it.
 
     Kept as lines of JSON to which new findings are appended, so a scan that is killed keeps what it had. A line that
     cannot be read is as good as absent: its file is looked at again. So is one that cannot be written, since a cache
@@ -32,19 +36,30 @@ class StatIndex:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, tuple[list[int], Any]] = {}
+        self._asked: dict[str, list[int]] = {}  # what the files that were not known looked like
         lines = self._load()
         if lines > 2 * len(self._known) + 100:
             self._rewrite()
 
     def get(self, path: Path) -> Any | None:
-        """What was remembered of `path`, or None. Raises `FileNotFoundError`."""
+        """What was remembered of `path`, or None. Raises `FileNotFoundError` where that is no longer there."""
         # most paths are absolute already, and to make sure of that takes longer than to ask the disk
         stamp, value = self._known.get(os.fspath(path)) or self._known.get(os.path.abspath(path), (None, None))
-        return value if stamp is not None and stamp == _stamp(path) else None
+        try:
+            now = _stamp(path)
+        except OSError:
+            if stamp is None:
+                return None  # whoever looks at it finds out
+            raise
+        if stamp == now:
+            return value
+        self._asked[os.path.abspath(path)] = now
+        return None
 
     def put(self, path: Path, value: Any) -> None:
         """Remember `value`, which must not be None."""
-        key, stamp = os.path.abspath(path), _stamp(path)
+        key = os.path.abspath(path)
+        stamp = self._asked.pop(key, None) or _stamp(path)
         self._known[key] = (stamp, value)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +89,7 @@ class StatIndex:
 
 def _stamp(path: Path) -> list[int]:
     info = os.stat(path)
-    return [info.st_size, info.st_mtime_ns, info.st_ino]
+    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
 
 
 def _line(key: str, stamp: list[int], value: Any) -> bytes:
