@@ -204,14 +204,18 @@ def unshared(folder: Path, whole: Path) -> list[int]:
 
 def refused(folder: Path) -> dict:
     """Rank 1 raises while the only checkpoint is being written to a slow disk; then the run goes on."""
+    from utils.train import errors
     from utils.train.disk import Disk
 
     output = folder / "refused"
-    words = [*in_folder(output), "--set", "checkpoint_every_n_minutes=1000", "--set", "checkpoint_every_n_epochs=1"]
+    words = in_folder(output)
+    for each in ("checkpoint_every_n_minutes=1000", "checkpoint_every_n_epochs=1", "save_every_n_epochs=100"):
+        words += ["--set", each]
 
     def prepare(rank: int) -> None:
         sync = Disk.sync
         Disk.sync = lambda self, path: (time.sleep(SYNC_S), sync(self, path))[1]
+        errors.IN_STEP_WAIT_S = 0.1  # so that it is not this that gives the files time
         os.environ.update({FAULT: "refuse", RANK: "1", CALL: str(2 * CUT)})
 
     begun = time.monotonic()

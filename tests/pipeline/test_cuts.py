@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,7 @@ def starts(folder: Path, _: None) -> dict:
         ends.append(start(folder, output))
         told["stories"][name] = {"run": str(newest(output)), "ends": ends}
     told["full"] = no_room(folder, whole)
+    told["ended"] = ended_early(folder, whole)
     return told
 
 
@@ -115,6 +117,20 @@ def leave_course(whole: Path, elsewhere: Path) -> None:
         marks = reader.metadata()
     marks["reelpipe.course"] = marks["reelpipe.course"][::-1]
     save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file, marks)
+
+
+def ended_early(folder: Path, whole: Path) -> dict:
+    """Started once more after step 4, which was the end of a run, and of an epoch; then after an end before that."""
+    copy = folder / "ended" / whole.name
+    shutil.copytree(whole, copy)
+    for later in range(5, STEPS + 1):
+        shutil.rmtree(copy / f"global_step{later}")
+    shutil.rmtree(copy / f"step{STEPS}")
+    told = {"run": str(copy), "ends": [], "consoles": []}
+    for steps in (4, 2):
+        told["ends"].append(start(folder, copy.parent, more=[f"max_steps={steps}"]))
+        told["consoles"].append((folder / "logs" / "ended" / "rank_0.log").read_text())
+    return told
 
 
 def no_room(folder: Path, whole: Path) -> dict:
@@ -135,11 +151,12 @@ def newest(output: Path) -> Path:
     return max(path for path in output.iterdir() if path.name != "cache") if output.is_dir() else output
 
 
-def start(folder: Path, output: Path, fault: Fault | None = None) -> list[int]:
+def start(folder: Path, output: Path, fault: Fault | None = None, more: Sequence[str] = ()) -> list[int]:
     """Go on where there is something to go on with. How both ranks ended."""
     import train
 
     words = ["--config", str(folder / "config.toml"), "--set", f"output_dir='{output}'"]
+    words += [word for setting in more for word in ("--set", setting)]
     words += ["--resume_from_checkpoint"] if list(newest(output).glob("global_step*")) else []
 
     def run() -> int:
@@ -210,6 +227,16 @@ def test_after_an_end_in_the_middle(told, story):
         assert ended == ([1, -9] if what == "die" else [0, 0])
     assert case["ends"][-1] == [0, 0]
     check(Path(told["whole"]), Path(case["run"]))
+
+
+def test_a_run_that_has_ended_is_not_saved_again_under_another_name(told):
+    """Its last step ended an epoch, which has given the LoRA its name."""
+    case = told["ended"]
+    assert case["ends"] == [[0, 0], [0, 0]]
+    assert sorted(path.parent.name for path in Path(case["run"]).glob("*/toy.safetensors")) == ["epoch1"]
+    early = "the checkpoint is of step 4, and epochs and max_steps end the run at step 2: there is nothing to train"
+    assert [early in " ".join(console.split()) for console in case["consoles"]] == [False, True]
+    assert "total steps 6 -> 4: the learning rate" in " ".join(case["consoles"][0].split())
 
 
 def test_a_run_that_stops_without_its_checkpoint_says_so_and_fails(told):

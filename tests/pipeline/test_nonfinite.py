@@ -228,7 +228,8 @@ def test_a_gradient_of_one_data_rank_is_left_out_by_all(runs):
 
 
 def test_a_held_out_clip_that_comes_out_as_nan_is_named(runs):
-    (line,) = [line for line in metrics(str(runs.inputs.run("skipped"))) if "held_out/loss" in line]
+    line, last = [line for line in metrics(str(runs.inputs.run("skipped"))) if "held_out/loss" in line]
+    assert (line["step"], last["step"]) == (0, STEPS)
     assert line["held_out/loss"] == "nan" and 0 < line["held_out/loss_without_bad"] < 100
     said = " ".join(runs.data_ranks.said[0].split())
     told = re.search(r"held_out at step 0: the losses of 1 of (\d+) samples are not finite: cat.jpg \(all q\w+\)", said)

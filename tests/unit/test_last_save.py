@@ -101,6 +101,22 @@ def test_what_is_no_matter_of_room_is_not_waited_for(tmp_path, caplog):
     assert run.last_saved == -1 and "is full" not in caplog.text
 
 
+@pytest.mark.parametrize("where", ["the weight w (stage 0)", "the optimizer's exp_avg_sq of w (stage 0)"])
+def test_no_checkpoint_holds_what_is_not_finite(tmp_path, caplog, where):
+    """Nor is an earlier one touched: nothing is begun."""
+    run = make_run(tmp_path, 0)
+    built = run.experts[""].built
+    built.optimizer = torch.optim.AdamW(built.trained.values())
+    built.trained["w"].grad = torch.zeros_like(built.trained["w"])
+    built.optimizer.step()
+    bad = built.trained["w"] if "weight" in where else built.optimizer.state[built.trained["w"]]["exp_avg_sq"]
+    bad.data[5] = float("inf")
+    run.last_checkpoint = 1
+    saving.save_checkpoint(run)
+    assert f"no checkpoint of step 2: {where} is not finite; keeping earlier ones" in caplog.text
+    assert run.last_checkpoint == 1
+
+
 def make_checkpoint(folder):
     folder.mkdir()
     (folder / "manifest.json").write_text('{"format": 1, "save": 1, "files": {}}')

@@ -26,6 +26,7 @@ from utils.train.nonfinite import (
     not_finite,
     refuse_bad_weights,
 )
+from utils.train.replay import nearest_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
@@ -123,6 +124,28 @@ def test_reports_of_replays_take_no_place_of_a_step(tmp_path):
         assert keep(step) == f"look into it with --replay {tmp_path}/step_{step}.json"
     assert keep(3).startswith("look into it"), "the same step again, of a resumed run"
     assert keep(11) == f"its batch is not kept: {MAX_KEPT} are there already"
+
+
+def test_a_batch_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch):
+    def write(file, tensors):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    engine = SimpleNamespace(is_first_stage=lambda: True, data_rank=0)
+    batch = MicroBatch((torch.ones(1, 2),), (torch.ones(1),), torch.ones(1))
+    monkeypatch.setattr("utils.train.kept.write_safetensors", write)
+    assert "No space left" in _keep(tmp_path, engine, [batch], {"format": FORMAT, "step": 3}, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replay_takes_the_checkpoint_before_the_step_and_else_the_next(tmp_path):
+    for step in (4, 8, 12):
+        (tmp_path / f"global_step{step}").mkdir()
+        (tmp_path / f"global_step{step}" / "manifest.json").write_text('{"format": 1, "save": 1, "files": {}}')
+    assert [nearest_checkpoint(tmp_path, step).name for step in (3, 5, 9, 99)] == [
+        f"global_step{step}" for step in (4, 4, 8, 12)
+    ]
+    assert nearest_checkpoint(tmp_path / "global_step4", 3) is None
 
 
 def kept(folder, **changed):

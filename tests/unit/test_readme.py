@@ -132,6 +132,7 @@ def test_flags_in_the_text_are_known(capsys):
             cache_tool.parser().parse_args([command, "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     launchers = {"--num_gpus", "--master_port", "--master_addr", "--hostfile", "--nnodes", "--node_rank"}
+    launchers |= {"--include", "--ssh_port", "--no_ssh", "--rdzv_conf"}
     text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
     others = {"--deepspeed", "--logdir", "--version", "--local"}  # hidden, and other programs'; --local-dir of hf
     assert set(re.findall(r"--\w+", text)) <= known | launchers | others

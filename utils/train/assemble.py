@@ -103,6 +103,7 @@ def build_run(job: Job, data: Prepared) -> Run:
     )
     if job.resume:
         run.last_eval = state.step if is_evaluated(run) else -1
+        tell_of_end(run)
     if dist.is_main():
         introduce(job, data, run, ranks_of(engine, data_ranks))
     return run
@@ -112,6 +113,16 @@ def whole_course(job: Job, data: Prepared, plan: EpochPlan) -> dict[str, Any]:
     """All that makes a run what it is, but for its length."""
     course = course_of(job.config, plan, data.train) | turns(job.family) | quiet_course(job.loaded)
     return {**course, "model": job.family.title, **data_course(data.train), **held_out_course(data)}
+
+
+def tell_of_end(run: Run) -> None:
+    """Warn where the config has the run end before the step that it goes on from."""
+    if run.state.step > run.settings.total_steps and dist.is_main():
+        logger.warning(
+            "the checkpoint is of step %d, and epochs and max_steps end the run at step %d: there is nothing to train",
+            run.state.step,
+            run.settings.total_steps,
+        )
 
 
 def metrics_writer(job: Job, resume_step: int | None) -> MetricsWriter:

@@ -165,12 +165,13 @@ def _keep(
 ) -> str:
     """In words where it is, or why it is not. The first stage writes what all read; rank 0 what it is."""
     path = folder / f"step_{facts['step']}.json"
+    mine = _file_of(path, engine.data_rank)
 
     def write() -> None:
         if engine.is_first_stage():
             folder.mkdir(exist_ok=True)
             tensors = {name: t.clone().contiguous() for i, batch in enumerate(batches) for name, t in _named(i, batch)}
-            write_safetensors(_file_of(path, engine.data_rank), tensors)
+            write_safetensors(mine, tensors)
 
     def finish() -> None:
         staged = path.with_name(f"tmp-{path.name}")
@@ -183,6 +184,8 @@ def _keep(
     trouble = first_trouble(trouble)
     trouble = trouble or first_trouble(attempt(write))
     trouble = trouble or first_trouble(attempt(finish) if dist.is_main() else None)
+    if trouble and engine.is_first_stage() and not path.exists():
+        attempt(lambda: mine.unlink(missing_ok=True))  # on a full disk nothing is left lying
     return f"its batch is not kept: {trouble}" if trouble else f"look into it with --replay {path}"
 
 

@@ -150,10 +150,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def nearest_checkpoint(run_dir: Path, step: int) -> Path | None:
-    """The complete checkpoint of the most steps before `step` was taken."""
+    """The complete checkpoint of the most steps before `step` was taken; where none is left, the next one after it."""
     folders = [p for p in run_dir.iterdir() if checkpoint.NAME.fullmatch(p.name)] if run_dir.is_dir() else []
-    before = [p for p in folders if checkpoint.step_of(p) < step and checkpoint.manifest_of(p) is not None]
-    return max(before, key=checkpoint.step_of, default=None)
+    whole = sorted((p for p in folders if checkpoint.manifest_of(p) is not None), key=checkpoint.step_of)
+    before = [p for p in whole if checkpoint.step_of(p) < step]
+    return before[-1] if before else next(iter(whole), None)
 
 
 def _refuse_other(job: Job, kept: KeptStep) -> None:
