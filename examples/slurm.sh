@@ -28,7 +28,8 @@ export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 # Queued again, it goes on with its run; if it had only got as far as encoding, it starts, and finds that in the cache.
 # Give each job an output_dir of its own: the newest run in it is taken.
 resume=()
-output=$(python -c 'import sys, toml; print(toml.load(sys.argv[1])["output_dir"])' "$config") || exit 1
+output=$(python -c 'import os, sys, toml; print(os.path.expanduser(toml.load(sys.argv[1])["output_dir"]))' "$config") ||
+    exit 1
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && compgen -G "$output/*/latest" > /dev/null; then
     resume=(--resume_from_checkpoint)
 fi

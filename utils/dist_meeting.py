@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +54,7 @@ class Card(NamedTuple):
 
 
 _stores: dict[str, torch_dist.Store] = {}
+_hopeless: set[str] = set()  # places that could not be used, and are not tried again for the last words
 
 
 def silent(_: str) -> None:
@@ -95,7 +98,8 @@ def tell_others(text: str, error: Exception | None = None) -> None:
     """
     agent = _agent_holds_it()
     shared = isinstance(error, NotMet)
-    if dist.world_size() == 1 or (not _stores and (shared or (dist.is_main() and not agent and _is_one_node()))):
+    nobody = not _stores and (shared or (dist.is_main() and not agent and _is_one_node()))
+    if dist.world_size() == 1 or nobody or _place() in _hopeless:
         return  # nobody waits, or waits in vain as this rank did, or the launcher ends them all
     rank = None if shared else dist.rank()
     with suppress(RuntimeError, ValueError):
@@ -146,30 +150,63 @@ def _is_one_node() -> bool:
 
 def _open(patience_s: float, say: Say) -> torch_dist.Store:
     """The keys and values that all ranks see. torch's own connection later uses the same port and the same server."""
-    if _place() in _stores:
-        return _stores[_place()]
+    if _place() not in _stores:
+        try:
+            _stores[_place()] = _first_opened(patience_s, say)
+        except ValueError:
+            _hopeless.add(_place())
+            raise
+    return _stores[_place()]
+
+
+def _first_opened(patience_s: float, say: Say) -> torch_dist.Store:
     host, port = _address()
     holds = dist.is_main() and not _agent_holds_it()
     if not holds:
         _knock(patience_s, say)
     try:
-        server = torch_dist.TCPStore(
-            host, port, None, holds, timedelta(seconds=AGENT_S), wait_for_workers=False, multi_tenant=True
-        )
-    except torch_dist.DistNetworkError as error:
+        server = _connected(host, port, holds, min(patience_s, AGENT_S))
+    except (torch_dist.DistNetworkError, NoAnswer) as error:
         if any(sign in str(error) for sign in PORT_TAKEN):
             raise ValueError(
                 f"port {port} of {host}, at which the ranks meet, is taken, most likely by another run; give this one "
                 f"its own: --master_port={port + 1} before train.py"
             ) from error
-        where = "the address of the machine with rank 0, as the others see it" if holds else "reachable from here"
+        me, why = f"{socket.gethostname()} (rank {dist.rank()})", (str(error) or "it says nothing").splitlines()[0]
+        if holds:
+            mend = "--master_addr must be the address of the machine with rank 0, as the others see it"
+            raise ValueError(f"{me} cannot use {_place()}, where the ranks meet: {why}; {mend}") from error
         raise ValueError(
-            f"{socket.gethostname()} (rank {dist.rank()}) cannot use {_place()}, where the ranks meet: "
-            f"{str(error).splitlines()[0]}; --master_addr must be {where}"
+            f"{me}: something answers at {_place()}, where the ranks meet, but not as rank 0 would ({why}): is the "
+            "port that of another service, or has rank 0 just ended? --master_addr must be the address of the machine "
+            "with rank 0, and --master_port one that is free there, the same on all machines"
         ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may use the same server again
-    _stores[_place()] = torch_dist.PrefixStore(f"reelpipe/{attempt}", server)
-    return _stores[_place()]
+    return torch_dist.PrefixStore(f"reelpipe/{attempt}", server)
+
+
+def _connected(host: str, port: int, holds: bool, patience_s: float) -> torch_dist.TCPStore:
+    """In a thread: where something answers and then says nothing, torch waits for ever, whatever its timeout.
+
+    Raises:
+        DistNetworkError: in torch's words.
+        NoAnswer: without words.
+    """
+    made: Future[torch_dist.TCPStore] = Future()
+
+    def connect() -> None:
+        try:
+            timeout = timedelta(seconds=patience_s)
+            made.set_result(
+                torch_dist.TCPStore(host, port, None, holds, timeout, wait_for_workers=False, multi_tenant=True)
+            )
+        except RuntimeError as error:
+            made.set_exception(error)
+
+    threading.Thread(target=connect, name="meeting place", daemon=True).start()
+    server = made.result(1.5 * patience_s + TELL_S)  # torch may be at one more attempt
+    server.set_timeout(timedelta(seconds=AGENT_S))
+    return server
 
 
 def _knock(patience_s: float, say: Say) -> None:
@@ -225,7 +262,9 @@ def _wait(store: torch_dist.Store, say: Say, patience_s: float) -> list[Card]:
             now = time.monotonic()
             if now - told > NEXT_WORD_S or now - started > patience_s:
                 told = now
-                missing = [rank for rank in missing if not store.check([_key(rank)])] or missing[:1]
+                missing = [rank for rank in missing if not store.check([_key(rank)])]
+                if not missing:  # the last ones have come just now
+                    break
                 cards = [_card(store, rank) for rank in range(world) if rank not in missing]
                 if now - started > patience_s:
                     raise NotMet(_not_come(cards, missing, now - started))

@@ -320,6 +320,7 @@ def test_a_replay_knows_weights_masks_and_what_is_held_to_the_base(runs):
 def test_poisoned_data_is_named(runs):
     said = runs.stages.said[0]
     assert f"first tensor that is not finite: input 0 of {runs.inputs.poisonous.stem}" in said
+    assert "not finite in the cache: " in " ".join(said.split())
     stages = {stage: output for _, stage, output, _ in bad(runs.replays("data"))}
     assert stages[0] == "embed"
     assert refused_steps(runs.inputs.run("data")).keys() == refused_steps(runs.inputs.run("output")).keys()

@@ -100,7 +100,7 @@ def start(inputs: Path, name: str, fault: str = "", call: int = SECOND, *, ranks
 
 def _ends(processes: list[subprocess.Popen]) -> list[tuple[int, float]]:
     ended: dict[int, float] = {}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # a machine with other jobs takes its time to start
     while len(ended) < len(processes) and time.monotonic() < deadline:
         for rank, process in enumerate(processes):
             if process.poll() is not None:

@@ -66,7 +66,7 @@ def test_weights_that_come_to_mean_something_else_are_told(tmp_path, caplog, res
     before, now = config_of(FUSED, 8), config_of(RUN, 4)
     assert resumed(tmp_path, caplog, before, before, reset_dataloader) == []
     assert resumed(tmp_path, caplog, before, now, reset_dataloader) == [
-        "changed since the checkpoint: alpha 8.0 -> 4.0",
+        "changed since the checkpoint: adapter.alpha 8.0 -> 4.0",
         "changed since the checkpoint: fuse_adapters [['a', 0.5, '']] -> []",
     ]
 

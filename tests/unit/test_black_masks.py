@@ -1,5 +1,7 @@
 """Uses of a clip whose loss mask is black: left out one by one, remembered, and the whole sample only where all are."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from utils.data.dataset import CachedDataset
 from utils.data.manifest import Manifest
 from utils.data.plan import Item
 from utils.data.records import MASK
+from utils.data.scan_memory import ScanMemory
 
 
 class Turning(Masked):
@@ -102,6 +105,57 @@ def test_a_sample_goes_where_all_of_its_uses_are_black(bench):
         assert [item.path for item in remaining.skipped] == [black] and remaining.skipped[0].bad
     with pytest.raises(ValueError, match="1 mask cannot be used"):
         bench.run(moving)
+
+
+@pytest.fixture
+def equal(tmp_path):
+    """Two clips of one shape whose black masks are equal byte by byte, as those of one camera are."""
+    bench = Masked(tmp_path)
+    (bench.masks / "clip1.mov").unlink()
+    for name in ("clip0.png", "clip1.png"):
+        write_image(bench.masks / name, colour=BLACK)
+    return bench
+
+
+def test_equal_black_masks_are_told_each_by_its_own_name(equal):
+    manifest = equal.manifest(equal.settings())
+    assert len({key for entry in manifest.entries[:2] for key in entry.mask_keys}) == 1, "it is made once"
+    with pytest.raises(ValueError, match=r"^2 masks cannot be used .*without their clips") as caught:
+        equal.fill([manifest])
+    assert all(
+        f"\n  {equal.masks / name}: the mask is black" in str(caught.value) for name in ("clip0.png", "clip1.png")
+    )
+    remaining = manifest.without(equal.fill([manifest], skip_bad_media=True).failed)
+    told = [(item.path.name, item.reason.partition(":")[0]) for item in remaining.skipped]
+    assert told == [(f"clip{i}.png", f"as the mask of clip{i}.mp4") for i in range(2)]
+
+
+def test_a_sample_that_is_known_to_be_black_is_left_out_and_the_rest_remembered(equal):
+    settings = equal.settings()
+    first, report = equal.run(settings, skip_bad_media=True)
+    again = equal.manifest(settings, skip_bad_media=True)
+    assert again.jobs[MASK] == again.jobs["latents"] == [] and again.counts[MASK] == (1, 1)
+    remaining = first.settled(report.black).without(report.failed)
+    assert again.entries == remaining.entries and again.skipped == remaining.skipped and len(again.skipped) == 2
+    memory = ScanMemory(equal.store, [settings], "skips", now_ns=time.time_ns() + 10**13)
+    memory.keep(again)
+    assert memory.manifest() == again
+    with pytest.raises(ValueError, match="2 masks cannot be used"):
+        equal.run(settings)  # `skip_bad_media` is false again
+    assert len(equal.manifest(settings, skip_bad_media=True, regenerate=True).jobs[MASK]) == 2
+
+
+def test_a_dataset_of_black_masks_alone_is_refused_before_anything_is_encoded(equal):
+    for name in ("clip2", "long", "still"):
+        write_image(equal.masks / f"{name}.png", colour=BLACK)
+    found_out, known = (pytest.raises(ValueError, match=f"^no sample is left of {equal.data}; mend") for _ in range(2))
+    with found_out as first:
+        equal.run(equal.settings(), skip_bad_media=True)
+    assert not any(encoder.items for encoder in equal.encoders)
+    with known as second:
+        equal.manifest(equal.settings(), skip_bad_media=True)
+    assert str(first.value) == str(second.value)
+    assert all(f"\n  {path}: as the mask of {path.stem}." in str(first.value) for path in equal.masks.iterdir())
 
 
 def test_a_damaged_mask_is_no_black_one(bench):

@@ -56,6 +56,21 @@ def test_a_sample_has_what_every_encoder_made(dataset):
     assert all(sample["text"].item() == 0 for sample in dataset.eval_batch([EvalItem(i, 0.5) for i in range(20)])[0])
 
 
+def test_what_is_not_finite_in_the_cache_is_found(dataset, monkeypatch):
+    """Of what a draw reads alone: another caption of the clip is no matter."""
+    items = [Item(entry, 0) for entry in range(20)]
+    assert dataset.not_finite(items) == []
+    captions = [sample["text"].item() for sample in dataset.training_batch(items)[0]]
+    dropped, kept = items[captions.index(2)], items[captions.index(0)]
+    monkeypatch.setattr("utils.data.cache.refuse_not_finite", lambda *_: None)  # as a write by other hands
+    dataset.store.write("text", dataset.empty_text_key, {"text": torch.tensor([1.0, torch.inf])}, {})
+    text = dataset.store.path("text", dataset.empty_text_key)
+    assert (dataset.not_finite([kept]), dataset.not_finite([dropped])) == ([], [text])
+    bad = ("condition", dataset.entries[0].media_keys[1])
+    dataset.store.write(*bad, {"condition": torch.tensor([torch.nan]).bfloat16()}, {})
+    assert dataset.not_finite([kept, dropped]) == [dataset.store.path(*bad), text]
+
+
 def test_draws_depend_on_the_sample_and_its_turn_alone(dataset):
     _, draws, _ = dataset.training_batch([Item(3, 0), Item(3, 1), Item(4, 0)])
     assert dataset.training_batch([Item(4, 0)])[1] == draws[2:]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,51 @@ def test_a_lock_that_was_left_goes(lock):
     assert str(lock) in told[0]
     dist_library.clear_lock(told.append)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("ahead_s", [-1e9, 1e9])
+def test_the_clock_of_the_disk_counts_not_this_machines(lock, monkeypatch, ahead_s):
+    here = SimpleNamespace(time=lambda: time.time() - ahead_s, monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(dist_library, "time", here)
+    lock.touch()
+    started = time.monotonic()
+    dist_library.clear_lock(lambda _: None, left_s=0.2)
+    assert not lock.exists()
+    assert 0.15 < time.monotonic() - started < 5
+
+
+def test_a_lock_from_the_future_is_as_old_as_it_was_seen(lock):
+    lock.touch()
+    os.utime(lock, (4e9, 4e9))
+    dist_library.clear_lock(lambda _: None, left_s=0.2)
+    assert not lock.exists()
+
+
+def test_who_holds_a_lock_for_long_is_named_again_and_again(lock, monkeypatch):
+    monkeypatch.setattr(dist_library, "AGAIN_S", 0.1)
+    told = []
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        waiting = threading.Thread(target=dist_library.clear_lock, args=(told.append, 0.0))
+        waiting.start()
+        ends = time.monotonic() + 20
+        while len(told) < 3 and time.monotonic() < ends:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        waiting.join(10)
+    assert told[0].startswith("waiting for another start")
+    for line in told[1:3]:
+        assert line.startswith(f"waiting still: process {process.pid} ({sys.executable} -c import os")
+        assert line.endswith(f") has {lock} open; if it is stuck, end it: kill {process.pid}")
+
+
+def test_a_lock_whose_holder_is_not_seen_is_told_of_too(lock, monkeypatch):
+    monkeypatch.setattr(dist_library, "AGAIN_S", 0.1)
+    lock.touch()
+    told = []
+    dist_library.clear_lock(told.append, left_s=1.0)
+    assert f"no process that is seen from here has {lock} open; it is taken away when it is 1 s old" in told[1]
 
 
 def test_a_lock_that_is_held_is_waited_for(lock):

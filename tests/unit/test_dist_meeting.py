@@ -2,7 +2,9 @@
 
 import logging
 import os
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from tests.helpers import forked
 from utils import dist_meeting
 from utils.dist_meeting import Card, absent
 
-PATIENCE_S = 1.0
+PATIENCE_S = 2.0
 RANKS = 4
 
 
@@ -27,6 +29,7 @@ def meet(body=lambda: None) -> tuple[str, list[str]]:
     except ValueError as error:
         dist_meeting.tell_others(str(error), error)
         return str(error), told
+    time.sleep(1 if rank_number() == 0 else 0)  # the place goes with rank 0, and some may be slow
     return "met", told
 
 
@@ -77,6 +80,28 @@ def launchers_disagree():
     return meet(lambda: time.sleep(1))
 
 
+def something_else_answers():
+    """A service of its own for each rank but the first: one that greets, one that only listens, one that hangs up."""
+    if rank_number() == 0:
+        return "stayed away", []
+    place, callers = socket.create_server(("127.0.0.1", 0)), []
+    os.environ["MASTER_PORT"] = str(place.getsockname()[1])
+
+    def serve():
+        while True:
+            callers.append(place.accept()[0])
+            if rank_number() == 1:
+                callers[-1].sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+            elif rank_number() == 3:
+                callers[-1].close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    words, _ = meet()
+    tried = len(callers)
+    dist_meeting.tell_others(words)
+    return words, [len(callers) - tried]
+
+
 def nobody_connects():
     """All wait in C code, where nothing can be raised; so the words are in the log."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
@@ -84,7 +109,8 @@ def nobody_connects():
 
 
 CASES = (
-    nobody_connects, all_come, three_come, nobody_holds_the_place, one_comes_twice, one_fails_early, launchers_disagree
+    nobody_connects, all_come, three_come, nobody_holds_the_place, one_comes_twice, one_fails_early, launchers_disagree,
+    something_else_answers,
 )  # fmt: skip
 
 
@@ -114,7 +140,7 @@ def test_who_has_not_come_is_named(told):
     *came, _ = (words for words, _ in told["three_come"])
     assert len(set(came)) == 1
     assert came[0].startswith("1 of 4 ranks did not come to 127.0.0.1:")
-    assert "within 1 s: rank 3, on " in came[0], "the node is known by rank 2, which came"
+    assert "within 2 s: rank 3, on " in came[0], "the node is known by rank 2, which came"
     assert "came: rank 0, rank 1 and rank 2 on " in came[0]
     assert "--node_rank" in came[0] and "--master_addr=127.0.0.1 --master_port=" in came[0]
 
@@ -123,6 +149,14 @@ def test_a_place_that_nobody_holds(told):
     for words, _ in told["nobody_holds_the_place"][1:]:
         assert "for rank 0: nobody answers at 127.0.0.1:" in words and "(Connection refused)" in words
         assert "--node_rank=0" in words
+
+
+def test_a_place_that_is_of_something_else(told):
+    for words, tried_again in told["something_else_answers"][1:]:
+        assert ": something answers at 127.0.0.1:" in words and "is the port that of another service" in words
+        assert tried_again == [0], "for the last words it is not knocked at again"
+    assert "(Ping failed" in told["something_else_answers"][1][0]
+    assert "(it says nothing)" in told["something_else_answers"][2][0]
 
 
 def test_a_rank_that_comes_twice(told):

@@ -52,6 +52,7 @@ def run(tmp_path, monkeypatch):
         meters=SimpleNamespace(state_dict=lambda: {"epoch_loss_sum": 1.5}),
         eval_sets=["held out"],
         owed=(),
+        came_with=(-1, ""),
         asked=Decision.NONE,
         signals=Signals(),
         limit=TimeLimit(None),
@@ -151,6 +152,17 @@ def test_what_was_done_after_the_checkpoint_was_begun_is_not_done_again(run):
     due.catch_up(run)
     assert run.done == []
     assert run.last_saved == 4, "and an end at this step saves it under no other name"
+
+
+@pytest.mark.parametrize("name", ["epoch1", "step4"])
+def test_other_settings_make_no_other_model_of_the_same_weights(run, name):
+    run.last_checkpoint = run.last_eval = 4
+    saved(run, name, mark_of(run))
+    run.came_with, run.course = (4, mark_of(run)), {"seed": 1, "lr": 0.5}
+    due.catch_up(run)
+    assert run.last_saved == 4 and run.saved == run.run_dir / name
+    run.state = TrainState(5, 10)
+    assert mark_of(run) != run.came_with[1]
 
 
 def test_another_course_has_another_mark(run):

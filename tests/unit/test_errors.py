@@ -1,12 +1,18 @@
 """What a rank says last: mistakes without a traceback, and nothing where another rank has the story."""
 
+import json
 import logging
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from utils.train import errors
+from utils.train.activity import Activity, Batch
+from utils.train.checkpoint import save_of
 from utils.train.engine import init_distributed
+from utils.train.kept import read_kept
 from utils.train.nonfinite import NonFiniteError
 from utils.train.stopping import TooEarly
 
@@ -33,6 +39,36 @@ def test_what_ended_a_run_before_its_first_step_is_named(caplog):
 
 def test_a_bug_of_ours_comes_with_its_traceback(caplog):
     assert "Traceback" in said(KeyError("x"), caplog)
+
+
+class Watched(SimpleNamespace):
+    """As much of a watchdog as the last words ask for."""
+
+    def stop(self, *_):
+        pass
+
+    record = hush = stop
+
+
+@pytest.mark.parametrize(
+    ("action", "in_a_step", "is_placed"),
+    [
+        (lambda: read_kept(Path("absent.json")), False, False),
+        (lambda: read_kept(Path("absent.json")), True, True),
+        (lambda: json.loads("{"), False, True),
+        (lambda: save_of({"save": "many"}), False, True),
+        (lambda: Path("absent.json").read_text(), False, True),
+    ],
+    ids=["of ours", "of ours, in a step", "a library's", "of a call from ours", "of the system"],
+)
+def test_what_names_a_key_or_a_file_needs_no_place(action, in_a_step, is_placed, caplog):
+    activity = Activity()
+    activity.begin("the checks before the start", (lambda _: Batch("64x64x5", ["a.mp4"])) if in_a_step else None)
+    with errors.reported() as outcome:
+        outcome.watch(Watched(activity=activity), None)
+        action()
+    (said,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert ("\n  in the checks before the start" in said) == is_placed
 
 
 def test_a_port_that_another_run_uses_is_named(monkeypatch):

@@ -139,7 +139,7 @@ def test_batches_are_made_by_the_expert_whose_turn_the_step_is(start):
 
 class TestEvaluation:
     def results(self, **losses):
-        return {name: EvalResult(loss, {0.5: loss}, 3) for name, loss in losses.items()}
+        return {name: EvalResult(loss, {0.5: loss}, 3, {}, loss) for name, loss in losses.items()}
 
     def test_the_mean_is_over_the_whole_range_of_timesteps(self):
         found = Evaluation(self.results(early=1.0, late=5.0), SHARES)

@@ -11,9 +11,10 @@ from models.wan.text import WanTextEncoder
 from models.wan.vae import WanVAEEncoder
 from tests.helpers.encoders import ByteEncoder, ConditionEncoder, ConvEncoder, ImageEncoder
 from tests.helpers.launch import ROOT
+from tests.unit.test_buckets import SPEC
 from utils.data.cache import FingerprintIndex
 from utils.data.keys import Keys
-from utils.data.records import Bucket, Clip, MediaFile
+from utils.data.records import Bucket, Clip, Mask, MediaFile
 
 MEDIA = MediaFile(
     path=Path("/anywhere/clip.mp4"),
@@ -31,6 +32,7 @@ CLIP = Clip(MEDIA, Bucket(64, 48, 33), Fraction(5, 16), Fraction(16), group=2)
 LATENTS = "94d28f0f5ac951967ac6e06c3fb557b731e08941"
 CAPTION, EMPTY = "0ecf4f8c4436dac0a0d2d64a6f1d2ed162da6282", "5c99db903cb244d8400b01ab7252d614688d7cde"
 SAMPLE = "c3ed54ecc7f55673f3a3ed01d920b1dc28de5694"
+MASKED = "5c5cb5d6e921615db182846e2cd19672b9b0096e"  # by a video
 
 
 @pytest.fixture
@@ -57,6 +59,18 @@ def test_more_encoders_change_no_name(keys_of):
     assert keys.media_kinds == ("latents", "condition", "image")
     assert keys.media(CLIP)[0] == LATENTS and len(set(keys.media(CLIP))) == 3
     assert (keys.text("a clip"), keys.sample(CLIP)) == (CAPTION, SAMPLE)
+
+
+def test_a_mask_video_whose_clock_starts_late_has_a_name_of_its_own():
+    def name(**kwargs):
+        mask = Mask(Path("/masks/clip.avi"), "fedcba9876543210", True, 90, Fraction(24), Fraction(15, 4), **kwargs)
+        return Keys.mask(replace(CLIP, media=replace(MEDIA, mask=mask)), SPEC).key
+
+    assert name() == MASKED and name(clock=True) != MASKED
+    late = replace(MEDIA, special="clock", mask=Mask(Path("a.png"), "aa", False, 1, Fraction(0), Fraction(0)))
+    assert Keys.mask(replace(CLIP, media=late), SPEC).key == Keys.mask(
+        replace(CLIP, media=replace(late, special="")), SPEC
+    ).key, "that of its media does not matter"  # fmt: skip
 
 
 def test_one_kind_one_encoder(keys_of):

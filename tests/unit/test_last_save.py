@@ -1,6 +1,7 @@
 """A full disk at the very end: the last model waits for room, and what is told is true."""
 
 import logging
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,7 @@ def make_run(folder, failures, asked=Decision.NONE):
         settings=settings,
         state=TrainState(2),
         course={},
+        came_with=(-1, ""),
         meters=SimpleNamespace(state_dict=dict),
         activity=Activity(),
         asked=asked,
@@ -111,10 +113,12 @@ def test_no_checkpoint_holds_what_is_not_finite(tmp_path, caplog, where):
     built.optimizer.step()
     bad = built.trained["w"] if "weight" in where else built.optimizer.state[built.trained["w"]]["exp_avg_sq"]
     bad.data[5] = float("inf")
-    run.last_checkpoint = 1
+    run.last_checkpoint, run.checkpoint_clock = 1, 0.0
+    before = time.monotonic()
     saving.save_checkpoint(run)
     assert f"no checkpoint of step 2: {where} is not finite; keeping earlier ones" in caplog.text
     assert run.last_checkpoint == 1
+    assert run.checkpoint_clock >= before, "the next one is due after as many minutes, not after the next step"
 
 
 def make_checkpoint(folder):

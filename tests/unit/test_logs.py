@@ -136,7 +136,7 @@ def test_a_full_disk_is_told_once(tmp_path, capsys):
 
 def test_a_terminal_that_has_gone_is_no_reason_to_fail():
     reader, writer = os.pipe()
-    console = Console(file=Forgiving(os.fdopen(writer, "wb"), "utf-8", line_buffering=True))
+    console = Console(file=Forgiving(os.fdopen(writer, "wb"), "utf-8"))
     console.print("heard")
     assert os.read(reader, 100) == b"heard\n"
     os.close(reader)

@@ -1,8 +1,10 @@
 """Which mask belongs to which file, from folders, indexes and archives, and what is told where one does not fit."""
 
 import io
+import json
 import shutil
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,6 +14,8 @@ from PIL import Image
 
 from tests.helpers.media import write_image, write_video
 from tests.unit.test_precache import Settings
+from utils.data.masks import MaskJob, Strides
+from utils.data.records import Bucket, Clip
 from utils.data.scan import Scan, scan_directory
 from utils.data.stat_index import StatIndex
 
@@ -33,10 +37,10 @@ def folder(tmp_path):
     return data
 
 
-def scan(path: Path, **settings) -> Scan:
+def scan(path: Path, progress=None, **settings) -> Scan:
     index = StatIndex(path.parent / "index.jsonl")
     chosen = Settings(path=path, default_caption="x", **settings)
-    return scan_directory(chosen, workers=0, index=index, archives=path.parent / "archives")
+    return scan_directory(chosen, workers=0, index=index, archives=path.parent / "archives", progress=progress)
 
 
 def masks_of(found: Scan, root: Path) -> dict[str, str]:
@@ -59,6 +63,36 @@ def test_a_folder_of_masks(folder, tmp_path):
         "them one"
     ]
     assert [file.mask for file in scan(folder).media] == [None] * 4 and not scan(folder).notices
+
+
+class Labels:
+    def __init__(self):
+        self.told = []
+
+    def start(self, total, label):
+        self.told.append((label, total))
+
+    def advance(self, n, name): ...
+
+    def done(self): ...
+
+
+def test_masks_are_told_from_the_files_that_they_mask(folder, tmp_path):
+    labels = Labels()
+    scan(folder, progress=labels, mask_path=tmp_path / "masks")
+    assert labels.told == [("reading media files", 4), ("reading masks", 3)]
+
+
+def test_whether_the_clock_of_a_mask_starts_late(folder, tmp_path):
+    """Numbers of frames that the header of an AVI starts from, and its packets do not."""
+    write_video(tmp_path / "masks" / "c.avi", 12)
+    clocks = {m.path.name: m.mask.clock for m in scan(folder, mask_path=tmp_path / "masks").media}
+    assert clocks == {"a.mp4": False, "b.mp4": False, "c.mp4": True, "still.png": False}
+    clip = Clip(next(iter(scan(folder, mask_path=tmp_path / "masks").media)), Bucket(64, 48, 9), *3 * [Fraction(0)])
+    for clock in (False, True):
+        job = MaskJob.of("key", clip, (0, 0, 64, 48), Strides(4, 8))
+        job = job._replace(file=job.file._replace(clock=clock))
+        assert MaskJob.of_row(json.loads(json.dumps(job.row()))) == job
 
 
 def test_a_mask_for_those_that_have_none(folder, tmp_path):

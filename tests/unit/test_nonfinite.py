@@ -2,6 +2,8 @@
 
 import json
 import math
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.base import MicroBatch
-from utils.train.kept import FORMAT, MAX_KEPT, _keep, read_kept
+from utils.train.kept import FORMAT, MAX_KEPT, _cached, _keep, read_kept
 from utils.train.nonfinite import (
     DATA,
     FROZEN,
@@ -26,6 +28,7 @@ from utils.train.nonfinite import (
     not_finite,
     refuse_bad_weights,
 )
+from utils.train.refused import stop_words
 from utils.train.replay import nearest_checkpoint
 
 
@@ -38,6 +41,14 @@ def test_one_bad_value_is_found_in_any_dtype(dtype, value):
     bad[1, 2] = value
     tensors = {"a": good, "b": bad.to(dtype), "c": torch.zeros(0), "d": torch.arange(3), "e": good}
     assert not_finite(tensors) == ["b"]
+
+
+def test_what_was_read_so_is_not_for_the_learning_rate():
+    data, loss = Origin(DATA, 0, 0, "input 0 of clip3.mp4"), Origin(LOSS, 1, 0, "the loss of micro-batch 0")
+    of_data = stop_words(incident(loss, data), "kept", Path("global_step3"), 1, "stop")
+    assert "it was read so, and no lr mends that: take the clip away, or start once with --regenerate_cache" in of_data
+    assert "lower lr" not in of_data and "go on with --resume_from_checkpoint" in of_data
+    assert "lower lr" in stop_words(incident(loss), "kept", None, 1, "stop")
 
 
 def test_large_values_are_finite():
@@ -77,6 +88,38 @@ def test_the_message_names_step_stage_tensor_samples_timesteps_and_rate():
         assert part in said
     assert "the loss of step 7" in incident().words()
     assert "none: the norm is beyond what float32 can hold" in incident(loss=1.0).words()
+
+
+def test_what_ails_the_cache_is_not_laid_at_the_door_of_lr(tmp_path):
+    """Its file is named, and what to do comes before going on, which would meet the same step again."""
+    data = Origin(DATA, 0, 0, "input 0 of clip3.mp4")
+    path = "/cache/latents/ab/abc.safetensors"
+    said = stop_words(incident(data)._replace(files=[path]), "kept", tmp_path / "global_step6", 1, "stop")
+    assert f"not finite in the cache: {path}\n" in said
+    assert "delete that file of the cache, and the next start makes it anew; on_nonfinite" in said
+    assert said.index("delete that file") < said.index("go on with --resume_from_checkpoint")
+    assert "lower lr" not in said
+    many = incident(data)._replace(files=[f"/cache/{i}" for i in range(10)])
+    said = stop_words(many, "kept", None, 11, "skip")
+    assert "/cache/7 and 2 more\n" in said and "delete those files" in said
+    assert "11 of the last 100 steps were left out, more than max_nonfinite" in said
+    weight = Origin(WEIGHT, 0, 0, "the trained weight x")
+    assert "lower lr" in stop_words(incident(data, weight), "kept", None, 1, "stop")
+
+
+def test_the_files_of_a_step_that_was_read_so_are_named_by_all_ranks():
+    asked = []
+
+    class Loader:
+        def not_finite(self, step):
+            asked.append(step)
+            return [Path("/cache/a"), Path("/cache/b")]
+
+    run, plan = SimpleNamespace(loader=Loader()), SimpleNamespace(step=4)
+    assert _cached(run, plan, Origin(DATA, 0, 0, "input 0 of a.mp4")) == ["/cache/a", "/cache/b"]
+    assert _cached(run, plan, Origin(LOSS, 0, 0, "the loss")) == _cached(run, plan, None) == []
+    assert _cached(SimpleNamespace(loader=None), plan, None) == []
+    assert asked == [4], "the cache is read again only where that explains it"
 
 
 def test_data_is_named_by_its_sample():
@@ -136,6 +179,12 @@ def test_a_batch_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch
     monkeypatch.setattr("utils.train.kept.write_safetensors", write)
     assert "No space left" in _keep(tmp_path, engine, [batch], {"format": FORMAT, "step": 3}, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_words_to_look_into_it_can_be_copied(tmp_path):
+    engine = SimpleNamespace(is_first_stage=lambda: True, data_rank=0)
+    words = _keep(tmp_path / "my run", engine, [], {"format": FORMAT, "step": 3}, None)
+    assert shlex.split(words)[-2:] == ["--replay", str(tmp_path / "my run" / "step_3.json")]
 
 
 def test_a_replay_takes_the_checkpoint_before_the_step_and_else_the_next(tmp_path):

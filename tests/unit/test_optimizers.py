@@ -269,8 +269,24 @@ def test_the_state_of_another_class_is_refused():
     """AdamW's running means would pass for Lion's by their names."""
     named = [("w", nn.Parameter(torch.ones(2, 2)))]
     saved = optimizer_state_by_name(build_optimizer("adamw", named, lr=1e-3), named)
-    with pytest.raises(ValueError, match=r"is AdamW and .* asks for Lion; .*--reset_optimizer"):
+    with pytest.raises(ValueError, match=r"is torch.AdamW and .* asks for pytorch_optimizer.Lion; .*--reset_opti"):
         load_optimizer_state_by_name(build_optimizer("lion", named, lr=1e-3), named, merge_optimizer_states([saved]))
+
+
+@pytest.mark.parametrize("noted", ["torch.AdamW", "AdamW", None], ids=str)
+@pytest.mark.parametrize(("saved_by", "read_by"), [("adamw", "adamw_optimi"), ("adamw_optimi", "adamw")])
+def test_the_two_classes_of_the_name_adamw_are_told_apart(saved_by, read_by, noted):
+    """One counts steps for each parameter and one for all: its moments would be corrected as if they were empty."""
+    model = tiny()
+    optimizer = build_optimizer(saved_by, model.named_parameters(), 1e-3)
+    train(model, optimizer, range(3))
+    saved = through_disk(optimizer_state_by_name(optimizer, model.named_parameters()))
+    if noted != "torch.AdamW":  # as earlier versions wrote it
+        saved["kind"] = noted
+    other = build_optimizer(read_by, model.named_parameters(), 1e-3)
+    with pytest.raises(ValueError, match=r"\.AdamW and \[optimizer\] type asks for .*\.AdamW; .*--reset_optimizer"):
+        load_optimizer_state_by_name(other, model.named_parameters(), saved)
+    assert load_optimizer_state_by_name(optimizer, model.named_parameters(), saved) == []
 
 
 def test_settings_of_the_wrong_length_are_the_users_mistake():

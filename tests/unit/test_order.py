@@ -1,6 +1,5 @@
 """What a config makes of the order of the data, and whether a checkpoint is one that a run may go on from."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,8 @@ import pytest
 from tests.helpers.configs import folder, load, top  # noqa: F401 (a fixture)
 from tests.unit.test_plan import LARGE, SMALL, entries
 from utils.data.manifest import Group, Manifest
-from utils.train.checkpoint import CheckpointError
+from utils.train.checkpoint import STATE, CheckpointError, put_in_place, write_json
+from utils.train.disk import Disk
 from utils.train.order import (
     course_of,
     make_plan,
@@ -22,8 +22,11 @@ from utils.train.order import (
 TOKENS = {SMALL: 16, LARGE: 96}
 
 
-def checkpoint_of(place, course):
-    (place / "state.json").write_text(json.dumps({"course": course}))
+def checkpoint_of(run_dir, course):
+    staged, place = run_dir / "staged", run_dir / "global_step1"
+    staged.mkdir()
+    told = write_json(Disk(), staged / STATE, {"course": course})
+    put_in_place(Disk(), staged, place, {STATE: told})
     return place
 
 

@@ -47,6 +47,9 @@ def test_pruning_never_takes_what_was_just_written(run):
     ("asked", "told"),
     [
         (f"{RUN}/epoch1", "holds weights only.*init_from_existing"),
+        (".", f" is a folder of runs; name one of them, or none for the newest with a checkpoint. The newest: {RUN}$"),
+        (f"{RUN}/latest", f"/latest is a file; name its folder: --resume_from_checkpoint {RUN}$"),
+        (f"{RUN}/global_step6/manifest.json", f"name its folder: --resume_from_checkpoint {RUN}/global_step6$"),
         (f"{RUN}/global_step7", "no global_step7 in .*found: global_step12, global_step6; epoch1 hold"),
         ("2025", f"no such run.*{RUN}"),
     ],
@@ -54,6 +57,13 @@ def test_pruning_never_takes_what_was_just_written(run):
 def test_what_cannot_be_resumed_is_explained(run, tmp_path, asked, told):
     with pytest.raises(CheckpointError, match=told):
         find_checkpoint(tmp_path, asked)
+
+
+def test_a_folder_of_other_runs_is_not_held(run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CheckpointError, match=f"folder of runs; name one of them. The newest: {run}$"):
+        go_on(tmp_path / "mine", str(tmp_path), print)
+    assert not (tmp_path / NAME).exists()
 
 
 def test_an_output_dir_that_cannot_be_made_is_named(tmp_path):
@@ -112,8 +122,10 @@ def test_the_newest_run_that_is_still_at_work_is_not_passed_over(run, tmp_path):
     (tmp_path / NEWER).mkdir()
     pid = hold_elsewhere(tmp_path / NEWER)
     try:
-        with pytest.raises(ValueError, match=f"{NEWER} is in use by process {pid} "):
+        with pytest.raises(ValueError, match=f"{NEWER} is in use by process {pid} ") as refused:
             go_on(tmp_path, "", print)
+        assert f"(--resume_from_checkpoint {RUN} is the newest of those with a checkpoint)" in str(refused.value)
+        assert "if it is yours, stop it (touch " in str(refused.value)
         assert not (run / NAME).exists()
         found, lock = go_on(tmp_path, RUN, print)
         assert found == run / "global_step12", "that one is free"

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.launch import ROOT
 from utils.train import run_lock
-from utils.train.run_lock import NAME, RunLock
+from utils.train.run_lock import NAME, InUse, RunLock
 
 HOLDER = """
 import pathlib, sys
@@ -94,14 +95,16 @@ def test_what_it_forked_off_holds_nothing_either(tmp_path):
         os.kill(orphan, signal.SIGKILL)
 
 
-def test_the_ranks_of_a_killed_one_are_waited_for(start):
+def test_the_ranks_of_a_killed_one_are_waited_for(start, tmp_path):
     first = start()
     assert took(first)
     follower = start(rank=1)
     assert took(follower)
     first.kill()
     first.wait()
-    assert f"is in use by process {first.pid}" in start().communicate(timeout=20)[1]
+    said = start().communicate(timeout=20)[1]
+    assert f"is in use by processes of an earlier start, whose rank 0 (process {first.pid} on " in said
+    assert f") has ended; wait for its end, stop it (fuser -v {tmp_path / NAME} lists them), or start anew" in said
     second = start(follow_s=20)
     assert "waiting up to 20 s for the last ranks of an earlier start to leave" in second.stdout.readline()
     follower.communicate("\n", timeout=20)
@@ -131,6 +134,10 @@ def test_one_of_another_machine_holds_as_long_as_it_beats(tmp_path):
     lock.take(said.append, silent_s=0.3)
     assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
     lock.release(True, True)
+
+
+def test_what_is_to_be_copied_is_quoted():
+    assert "stop it (touch '/my runs/one/save_quit'), or" in str(InUse(Path("/my runs/one"), "process 1"))
 
 
 def test_the_holder_beats(tmp_path, monkeypatch):

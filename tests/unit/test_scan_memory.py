@@ -167,8 +167,30 @@ def test_links_in_a_circle_end(bench):
     assert memory(bench).manifest() == made
 
 
-def test_the_newest_few_are_kept(bench):
-    made = bench.manifest(bench.settings(recursive=True))
+def test_a_link_to_what_was_seen_before_tells_where_it_leads(tmp_path):
+    """The masks lie among the media, where a scan passes over them but for such a link."""
+    bench = Masked(tmp_path)
+    masks = bench.data / "masks"
+    for name in ("one", "two"):
+        (masks / name).mkdir(parents=True)
+        shutil.copy(bench.data / "still.png", masks / name / f"{name}.png")
+        (masks / name / f"{name}.txt").write_text(name)
+    link = bench.data / "more"
+    link.symlink_to(masks / "one")
+    settings = bench.settings(recursive=True, mask_path=masks)
+    made, _ = bench.run(settings)
+    memory(bench, settings).keep(bench.manifest(settings))
+    assert memory(bench, settings).manifest().entries == made.entries
+    link.unlink()
+    link.symlink_to(masks / "two")
+    assert bench.manifest(settings).entries != made.entries and memory(bench, settings).manifest() is None
+
+
+def test_the_newest_are_kept(bench, monkeypatch):
+    made = keep(bench)
+    [path] = (bench.store.root / "scans").iterdir()
+    monkeypatch.setattr(scan_memory, "_MOST_BYTES", int(8.5 * path.stat().st_size))
+    path.unlink()
     for number in range(10):
         memory(bench, decided_by=[number]).keep(made)
         for path in (bench.store.root / "scans").iterdir():

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.launch import ROOT
 from utils.train.signals import STOP, StopSignals
-from utils.train.stopping import AT_ONCE, TooEarly
+from utils.train.stopping import AT_ONCE, SPARE_S, TooEarly, age_s
 from utils.train.triggers import Decision
 
 ASKED = {
@@ -36,13 +36,15 @@ def test_a_signal_asks_for_a_checkpoint_and_the_old_handler_returns(number):
     assert [signal.getsignal(each) for each in ASKED] == before
 
 
-def test_the_second_ctrl_c_interrupts():
+def test_the_second_ctrl_c_interrupts(capfd):
     with StopSignals().training() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.poll() == AT_ONCE | Decision.TERMINATED | Decision.INTERRUPTED
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    said = "Reelpipe: a second Ctrl-C: stopping at once; what was trained after the newest checkpoint is lost\n"
+    assert capfd.readouterr().err == said
 
 
 def run_child(code: str, *, launcher: str | None = None, tmp_path=None, **more) -> subprocess.Popen:
@@ -70,14 +72,14 @@ with signals.StopSignals() as stop:
 
 
 def test_a_second_ctrl_c_ends_a_rank_that_is_stuck_in_c_code():
-    child = run_child(STUCK.format(stage="stop.training().__enter__()"))
+    child = run_child(STUCK.format(stage="kept = stop.training(); kept.__enter__()"), stderr=subprocess.PIPE)
     try:
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGINT)
         time.sleep(0.6)
         assert child.poll() is None, "one asks for a checkpoint only"
         child.send_signal(signal.SIGINT)
-        assert child.wait(10) == 130
+        assert child.wait(10) == 130 and child.stderr.read().count("a second Ctrl-C: stopping at once; ") == 1
     finally:
         child.kill()
 
@@ -136,10 +138,17 @@ def test_a_warning_while_libraries_load_is_kept_until_the_ranks_have_met():
 
 def test_time_that_is_over_interrupts():
     with StopSignals() as stop, pytest.raises(TooEarly, match="max_runtime_minutes is nearly over") as caught:
-        stop.limit(85, 1e-9)
+        stop.limit(85, (age_s() + SPARE_S + 0.5) / 60)
         stop.interrupt()
         time.sleep(5)
     assert caught.value.status == 85
+
+
+def test_a_limit_that_no_start_can_keep_is_refused_instead_of_queued_for_ever():
+    minutes = (age_s() + SPARE_S - 0.1) / 60
+    told = rf"max_runtime_minutes = {minutes:g} leaves no time for a step: .* and 20 s are kept for the end; raise it"
+    with StopSignals() as stop, pytest.raises(ValueError, match=told):
+        stop.limit(85, minutes)
 
 
 def test_what_another_rank_was_asked_for_interrupts_this_one_too(tmp_path):
@@ -185,6 +194,18 @@ def test_a_start_that_is_stuck_in_c_code_is_ended(stage, number, status):
         child.send_signal(number)
         assert child.wait(10) == status
         assert "conclude" in stage or "stopping before the first step: " in child.stderr.read()
+    finally:
+        child.kill()
+
+
+def test_a_start_whose_terminal_has_gone_ends_all_the_same():
+    """Nobody reads its last words any more."""
+    child = run_child(STUCK.format(stage="pass"), stderr=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == "ready\n"
+        child.stderr.close()
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(10) == 129
     finally:
         child.kill()
 

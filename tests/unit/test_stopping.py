@@ -22,6 +22,8 @@ def test_every_cause_has_words():
     causes = [each for each in Decision if each not in Decision.SAVE | Decision.CHECKPOINT | Decision.QUIT]
     assert all(reason(cause) for cause in causes if cause)
     assert reason(Decision.TERMINATED | Decision.TIME_UP) == "SIGTERM came and max_runtime_minutes is nearly over"
+    ctrl_c = Decision.INTERRUPTED | Decision.TERMINATED | Decision.ORPHANED
+    assert reason(ctrl_c) == "Ctrl-C", "the launcher sends SIGTERM because of it, and ends"
     assert REQUEUED == Decision.WARNED | Decision.TIME_UP
 
 

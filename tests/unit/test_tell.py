@@ -54,11 +54,24 @@ def test_the_last_lines_name_what_ended_the_run(max_steps, finished, label):
     run = SimpleNamespace(
         run_dir=Path("runs/one"), saved=None, checkpointed=None, experts={}, state=state, last_checkpoint=9
     )
-    tell.goodbye(console, SimpleNamespace(max_steps=max_steps, adapter=None), run, finished)
+    config = SimpleNamespace(max_steps=max_steps, adapter=None, output_dir=Path("runs"))
+    tell.goodbye(console, config, run, finished)
+    assert "--resume_from_checkpoint one" in console.file.getvalue()
     assert label in console.file.getvalue() and "no checkpoint" not in console.file.getvalue()
     run.last_checkpoint = -1
-    tell.goodbye(console, SimpleNamespace(max_steps=max_steps, adapter=None), run, finished)
+    tell.goodbye(console, config, run, finished)
     assert ("Done, but there is no checkpoint of the last step" in console.file.getvalue()) == finished
+
+
+def test_a_run_is_named_so_that_it_is_found_again(tmp_path):
+    runs, elsewhere = tmp_path / "runs", tmp_path / "my runs" / "one"
+    for folder in (runs, elsewhere):
+        folder.mkdir(parents=True)
+    assert shlex.split(tell.resume_name(runs, elsewhere)) == [str(elsewhere)]
+    (tmp_path / "link").symlink_to(elsewhere)
+    assert tell.resume_name(runs, tmp_path / "link") == str(tmp_path / "link")
+    (runs / "one").symlink_to(elsewhere)
+    assert tell.resume_name(runs, runs / "one") == tell.resume_name(runs, elsewhere) == "one"
 
 
 def test_the_command_to_go_on_is_the_one_that_started():
@@ -66,5 +79,7 @@ def test_the_command_to_go_on_is_the_one_that_started():
     command = tell.start_command(4, words)
     assert shlex.split(command) == ["deepspeed", "--num_gpus=4", "train.py", "--deepspeed", *words[:-1]]
     assert """--set "dataset='/a b/c.toml'" """ in command, "as a person would write it"
+    by_torchrun = shlex.split(tell.start_command(4, words, by_torchrun=True))
+    assert by_torchrun == ["torchrun", "--nproc_per_node=4", "train.py", *words[:-1]]
     several = tell.start_command(4, words, nodes=2)
     assert "on 2 nodes" in several and "deepspeed --num_gpus" not in several

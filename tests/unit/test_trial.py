@@ -92,5 +92,25 @@ def test_what_does_not_run_is_named_with_its_message(error, said, mend, monkeypa
     assert "\n" not in wrong
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_dtype_of_the_adapter_that_does_not_go_with_the_models_is_named(dtype):
+    lora = AdapterSettings(16, 16.0, dtype=dtype)
+    (wrong,) = trial(wan_family(dtype="float32"), settings(adapter=lora))
+    name = str(dtype).removeprefix("torch.")
+    assert wrong.startswith(f"[adapter] dtype = '{name}' with [model] dtype = 'float32': a block of Wan2.1 T2V custom ")
+    assert wrong.endswith("; set [adapter] dtype = 'float32'")
+    assert trial(wan_family(dtype="bfloat16"), settings(adapter=lora)) == []
+
+
+def test_an_adapter_is_not_blamed_where_the_block_does_not_run_without_it():
+    family = wan_family(dtype="bfloat16")
+    small = family.trial()
+    layers = small.pipeline_layers
+    small.pipeline_layers = lambda skeleton: [Broken(TypeError("no kernel")), *layers(skeleton)]
+    family.trial = lambda: small
+    (wrong,) = trial(family, settings(adapter=AdapterSettings(16, 16.0, dtype=torch.bfloat16)))
+    assert wrong.startswith("[model] dtype = 'bfloat16': a block of ") and wrong.endswith("built for this device")
+
+
 def test_a_family_that_knows_no_samples_is_left_out():
     assert trial(ToyFamily(), settings()) is None

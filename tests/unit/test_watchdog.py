@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pty
 import resource
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import time
 from contextlib import contextmanager
 
 import pytest
+from rich.console import Console
 
 from tests.helpers.launch import ROOT
-from utils.data.liveness import machine
+from utils.data.liveness import born_at, machine
+from utils.monitor.logs import ConsoleHandler, Forgiving, log_to_file
 from utils.train import beats, watchdog
 from utils.train.activity import LONG, Activity
 from utils.train.faults import Fault, read_faults, write_fault
@@ -71,6 +74,37 @@ def test_silence_of_all_is_a_stall_and_the_reason_is_told(tmp_path, caplog):
     for rank in (0, 1):
         (stacks,) = (tmp_path / "stalls").glob(f"*_rank_{rank}.txt")
         assert "test_silence_of_all_is_a_stall" in stacks.read_text().split("\nthread ")[1], "the main thread is first"
+
+
+def test_a_stall_is_written_down_though_the_terminal_takes_nothing(tmp_path):
+    """Not even by a console that waits for ever."""
+    master, slave = pty.openpty()
+    terminal = Forgiving(os.fdopen(slave, "wb"), "utf-8")
+    terminal.write("x" * 100_000)  # no end of line: not waited for
+    root = logging.getLogger()
+    before = root.handlers[:]
+    root.addHandler(ConsoleHandler(Console(file=terminal), 0))
+    log = log_to_file(tmp_path, 0)
+    try:
+        with watched(tmp_path, 1) as (dog,):
+            dog.activity.begin("step 7")
+            deadline = time.monotonic() + 10
+            while not (told := log.read_text()) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            (summary,) = [p for p in (tmp_path / "stalls").iterdir() if "_rank_" not in p.name]
+            assert told.split("watchdog: ")[1] == summary.read_text()
+            time.sleep(0.3)
+            assert dog.status is None, "the terminal was not stuck"
+            while ended([dog], 0.05) == [None]:
+                os.read(master, 65536)
+            assert dog.status == STALLED
+    finally:
+        for handler in set(root.handlers) - set(before):
+            root.removeHandler(handler)
+            if not isinstance(handler, ConsoleHandler):
+                handler.close()
+        terminal.close()
+        os.close(master)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -192,8 +226,10 @@ def test_a_rank_that_left_by_itself_is_not_missed(tmp_path):
 def test_a_killed_process_is_gone_though_nobody_has_asked_for_its_status():
     host = machine()
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    beat = beats.beat_of(1, host, Activity(), time.monotonic())._replace(pid=process.pid)
-    assert not beats.is_gone(beat, host)
+    mine = beats.beat_of(1, host, Activity(), time.monotonic())
+    beat = mine._replace(pid=process.pid, born=born_at(process.pid))
+    assert not beats.is_gone(mine, host) and not beats.is_gone(beat, host)
+    assert beats.is_gone(beat._replace(born="1"), host), "its id was given to another process"
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
     assert beats.is_gone(beat, host)

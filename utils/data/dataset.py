@@ -1,7 +1,8 @@
 """Entries and draws to the tensors of one micro-batch."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class CachedDataset:
         samples, draws = [], []
         for item in items:
             entry = self.entries[item.entry]
-            path = (self.seed, entry.sample_id, entry.group, item.turn)
+            path = self._path(item)
             samples.append(self._read(entry, self._caption_of(entry, path), item.turn))
             quantile, noise = counter_uniform("quantile", *path), counter_hash("noise", *path)
             draws.append(Draw(quantile, noise, counter_uniform("choice", *path)))
@@ -75,6 +76,22 @@ class CachedDataset:
             draws.append(Draw(item.quantile, noise, counter_uniform("eval choice", self.seed, entry.sample_id)))
         return self.family.micro_batch(samples, draws)
 
+    def not_finite(self, items: Sequence[Item]) -> list[Path]:
+        """Files of the cache that these samples of training read, and that hold NaN or infinity.
+
+        Raises:
+            OSError, ValueError: one cannot be read.
+        """
+        read = [(self.entries[item.entry], item.turn, self._path(item)) for item in items]
+        parts = {part for entry, turn, path in read for part in _parts(entry, self._caption_of(entry, path), turn)}
+        found = {part: self.store.read(*part).values() for part in sorted(parts)}
+        return [self.store.path(*part) for part, held in found.items() if not all(t.isfinite().all() for t in held)]
+
+    def _path(self, item: Item) -> tuple[object, ...]:
+        """Where the choices of one use of an entry lie."""
+        entry = self.entries[item.entry]
+        return self.seed, entry.sample_id, entry.group, item.turn
+
     def _caption_of(self, entry: Entry, path: tuple[object, ...]) -> str:
         """Key of the caption for this draw; "" where no encoder reads captions."""
         if not entry.text_keys:
@@ -87,8 +104,7 @@ class CachedDataset:
         """What every encoder made of one sample, in one dict."""
         sample: dict[str, Tensor] = {}
         try:
-            text = [(TEXT, text_key)] if text_key else []
-            for kind, key in (*entry.media_of(turn), *entry.mask_of(turn), *text):
+            for kind, key in _parts(entry, text_key, turn):
                 tensors = self.store.read(kind, key)
                 assert sample.keys().isdisjoint(tensors), f"{kind} has a tensor of the name that another encoder gave"
                 sample |= tensors
@@ -113,3 +129,11 @@ class CachedDataset:
                 "with --resume_from_checkpoint, which makes it anew. A disk that damages files is worth a check; "
                 "`python -m utils.train.cache_tool verify` reads all entries"
             ) from error
+
+
+def _parts(entry: Entry, text_key: str, turn: int) -> Iterator[tuple[str, str]]:
+    """(kind, key) of all that use number `turn` of an entry reads."""
+    yield from entry.media_of(turn)
+    yield from entry.mask_of(turn)
+    if text_key:
+        yield TEXT, text_key

@@ -85,7 +85,7 @@ class Handout(Generic[JobT]):
     def finish(self, job: JobT, failure: Skipped | None = None) -> None:
         """Its entry is written, or it cannot be made: `failure` is the file and the reason."""
         if failure:
-            note = {"path": str(failure.path), "reason": failure.reason, "bad": failure.bad}
+            note = {"path": str(failure.path), "reason": failure.reason, "bad": failure.bad, "black": failure.black}
             write_whole(_note(self._crew, job.key), json.dumps(note).encode())
         self._held.discard(job.key)
         if not self._anew:
@@ -197,7 +197,7 @@ def failure_of(crew: Crew, key: str) -> Skipped | None:
     """File and reason, of an item that some rank of this job could not make."""
     with contextlib.suppress(FileNotFoundError):
         note = json.loads(_note(crew, key).read_bytes())
-        return Skipped(Path(note["path"]), note["reason"], note["bad"])
+        return Skipped(Path(note["path"]), note["reason"], note["bad"], note["black"])
     return None
 
 

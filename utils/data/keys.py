@@ -54,6 +54,8 @@ class Keys:
             shared = ("special",) if mask.is_video else ("special", *_MOMENTS)
             recipe |= {key: value for key, value in _recipe(clip).items() if key not in shared}
             recipe["media"] = mask.content_hash
+            if mask.clock:
+                recipe["clock"] = True
         return MaskJob.of(CacheStore.key(MASK, recipe), clip, box, strides)
 
     @staticmethod

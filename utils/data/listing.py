@@ -17,6 +17,7 @@ class Skipped(NamedTuple):
     path: Path
     reason: str  # without the file's name
     bad: bool  # it cannot be read, in contrast to being out of place or too short
+    black: bool = False  # what is bad of it: a loss mask that is black, which every further start would find as well
 
     def __str__(self) -> str:
         return f"{self.path.name}: {self.reason}"

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from models.base import MicroBatch
 from utils.data.dataset import CachedDataset
@@ -44,6 +45,12 @@ class StepLoader:
         """All micro-batches of a step that was taken before, made anew."""
         make = self._dataset_at(step).training_batch
         return [make(items) for items in self._plan.step(step).micro_batches_of(self._data_rank)]
+
+    def not_finite(self, step: int) -> list[Path]:
+        """Files of the cache that hold NaN or infinity, of those that a step was made from; errors as of
+        `CachedDataset.not_finite`."""
+        read = [item for items in self._plan.step(step).micro_batches_of(self._data_rank) for item in items]
+        return self._dataset_at(step).not_finite(read)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

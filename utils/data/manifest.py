@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
@@ -16,7 +16,7 @@ from utils.data.cutting import DirectorySettings, cut_dataset
 from utils.data.decode_pool import PixelJob
 from utils.data.keys import Keys
 from utils.data.listing import Skipped, plural
-from utils.data.masks import MaskJob
+from utils.data.masks import MaskJob, why_black
 from utils.data.records import MASK, TEXT, Bucket, Clip, Entry, Fill, Framing
 from utils.data.whole import lacking
 from utils.data.workers import Progress
@@ -91,14 +91,22 @@ class Manifest:
         to black masks are no such thing, see `settled`."""
         lost = self.lost_with(failed)
         reasons = dict.fromkeys(failed[key] for entry in self.entries for key in entry.media_keys if key in failed)
-        masks = ((failed[key], of) for of in self.entries for key in of.mask_keys if key in failed)
-        reasons |= dict.fromkeys(why._replace(reason=f"as the mask of {of.name}: {why.reason}") for why, of in masks)
+        masks = self.lost_by_masks(failed)
+        reasons |= dict.fromkeys(why._replace(reason=f"as the mask of {of.name}: {why.reason}") for of, why in masks)
         return replace(
             self,
             entries=[entry for entry in self.entries if entry.is_free_of(failed)],
             skipped=[*self.skipped, *reasons],
             jobs={kind: [job for job in jobs if job.key not in lost] for kind, jobs in self.jobs.items()},
         )
+
+    def lost_by_masks(self, failed: Mapping[str, Skipped]) -> Iterator[tuple[Entry, Skipped]]:
+        """The samples of which a loss mask is among `failed`, and why: of each its own file is told, whichever of those
+        with equal bytes was looked at."""
+        for entry in self.entries:
+            for key in entry.mask_keys:
+                if key in failed:
+                    yield entry, failed[key]._replace(path=Path(entry.mask)) if entry.mask else failed[key]
 
     def settled(self, black: Container[str]) -> "Manifest":
         """Once all loss masks are made: less the turns of which the mask is `black`, where the sample has others, and
@@ -191,7 +199,7 @@ def build_manifest(
         notices=notices,
         held_out=held_out,
     )
-    return _lacking(whole, store, regenerate)
+    return _lacking(whole, store, regenerate, skip_bad_media)
 
 
 def overlap(train: Manifest, held_out: Manifest) -> list[str]:
@@ -200,10 +208,12 @@ def overlap(train: Manifest, held_out: Manifest) -> list[str]:
     return [f"{held_out.contents[digest]} is also a training file: {train.contents[digest]}" for digest in shared]
 
 
-def _lacking(whole: Manifest, store: CacheStore, regenerate: bool) -> Manifest:
+def _lacking(whole: Manifest, store: CacheStore, regenerate: bool, skip_bad_media: bool) -> Manifest:
     """`whole`, whose jobs are everything that it needs, with those that the cache lacks alone."""
     black = frozenset[str]() if regenerate or MASK not in whole.jobs else known_black(store.root)
     lit = whole.lit(black)
+    if skip_bad_media:  # else `precache` tells of all that must be mended, these masks among them
+        lit = _less_black(lit, black)
     masks = [job.key for job in lit.jobs.get(MASK, ())]
     if not (masks and regenerate) and not lacking(store, MASK, masks):  # else `precache` finds out what is black
         lit = lit.settled(black)
@@ -214,6 +224,28 @@ def _lacking(whole: Manifest, store: CacheStore, regenerate: bool) -> Manifest:
     }
     counts = {kind: Count(len(jobs), len(jobs) - len(missing[kind])) for kind, jobs in lit.jobs.items()}
     return replace(lit, jobs=missing, counts=counts)
+
+
+def _less_black(lit: Manifest, black: Container[str]) -> Manifest:
+    """Without the samples that have but black masks, which nobody need make again to know it."""
+    masks = [job for job in lit.jobs.get(MASK, ()) if isinstance(job, MaskJob) and job.key in black]
+    lost = {job.key: black_mask(job) for job in masks}
+    if lost and not any(entry.is_free_of(lost) for entry in lit.entries):
+        raise ValueError(nothing_left_without(lit, lost))
+    return lit.without(lost) if lost else lit
+
+
+def black_mask(job: MaskJob) -> Skipped:
+    """What is told of a mask that is known to be black."""
+    return Skipped(job.path, why_black(job), bad=True, black=True)
+
+
+def nothing_left_without(manifest: Manifest, failed: Mapping[str, Skipped]) -> str:
+    """The error of a dataset that has no sample free of `failed`, the cache's key -> why."""
+    folders = ", ".join(dict.fromkeys(str(group.path) for group in manifest.groups))
+    lost = manifest.without(failed).skipped[len(manifest.skipped) :]
+    lines = "".join(f"\n  {item.path}: {item.reason}" for item in lost)
+    return f"no sample is left of {folders}; mend some of these at least:{lines}"
 
 
 def _nothing_left(directories: Sequence[DirectorySettings], skipped: Sequence[Skipped]) -> str:
@@ -268,6 +300,7 @@ def _collect(
                 text_keys=tuple(map(want, media.captions)) if TEXT in keys.kinds else (),
                 weight=media.weight * groups[clip.group].weight,
                 mask_keys=mask_keys,
+                mask=str(media.mask.path) if media.mask else "",
             )
         )
     return entries, jobs, want("") if TEXT in keys.kinds else ""
@@ -287,11 +320,11 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     return {
         "media_kinds": manifest.entries[0].media_kinds if manifest.entries else (),
         "entries": [
-            [e.sample_id, e.name, e.bucket, e.group, e.media_keys, e.text_keys, e.weight, e.mask_keys]
+            [e.sample_id, e.name, e.bucket, e.group, e.media_keys, e.text_keys, e.weight, e.mask_keys, e.mask]
             for e in manifest.entries
         ],
         "groups": [[str(group.path), *group[1:]] for group in manifest.groups],
-        "skipped": [[str(item.path), item.reason, item.bad] for item in manifest.skipped],
+        "skipped": [[str(item.path), *item[1:]] for item in manifest.skipped],
         "clips": [
             [str(path), is_video, str(start), str(fps), bucket, str(source_fps), fill, framing and framing.row(), px]
             for path, is_video, start, fps, bucket, source_fps, fill, framing, px in clips
@@ -321,11 +354,11 @@ def _from_json(content: Mapping[str, Any]) -> Manifest:
     job: dict[str, Callable[[Any], Job]] = {TEXT: CaptionJob._make, MASK: MaskJob.of_row}  # by kind
     return Manifest(
         entries=[
-            Entry(sample_id, name, Bucket(*bucket), group, kinds, tuple(media), tuple(text), weight, tuple(masks))
-            for sample_id, name, bucket, group, media, text, weight, masks in content["entries"]
+            Entry(sample_id, name, Bucket(*bucket), group, kinds, tuple(media), tuple(text), weight, tuple(masks), mask)
+            for sample_id, name, bucket, group, media, text, weight, masks, mask in content["entries"]
         ],
         groups=[Group(Path(path), *rest) for path, *rest in content["groups"]],
-        skipped=[Skipped(Path(path), reason, bad) for path, reason, bad in content["skipped"]],
+        skipped=[Skipped(Path(path), *rest) for path, *rest in content["skipped"]],
         jobs={kind: [*map(job.get(kind, of_pixels), rows)] for kind, rows in content["jobs"].items()},
         counts={kind: Count(*count) for kind, count in content["counts"].items()},
         empty_text_key=content["empty_text_key"],

@@ -93,7 +93,8 @@ def fitting_mask(media: MediaFile, path: Path, digest: str, held: Probe) -> Mask
     if abs(held.width * media.height / (held.height * media.width) - 1) > _MOST_OFF:
         sizes = f"is {held.width}x{held.height}, and the file itself {media.width}x{media.height}"
         raise Unusable(f"its mask {path} {sizes}: make one of the same shape, of any resolution", bad=True)
-    return Mask(path, digest, held.is_video, held.frames, held.fps, held.duration)
+    clock = held.is_video and "clock" in held.special.split("+")
+    return Mask(path, digest, held.is_video, held.frames, held.fps, held.duration, clock)
 
 
 def _has_clear_parts(path: Path, held: Probe) -> bool:

@@ -68,7 +68,7 @@ class MaskJob(NamedTuple):
 
     def row(self) -> list[Any]:
         """JSON-able."""
-        file = self.file and [str(self.file.path), *self.file[1:4], str(self.file.fps), str(self.file.duration)]
+        file = self.file and [str(self.file.path), *self.file[1:4], *map(str, self.file[4:6]), self.file.clock]
         when = (str(self.start), str(self.fps), self.bucket, str(self.source_fps), self.fill)
         return [self.key, file, *when, self.framing and self.framing.row(), self.box, self.strides]
 
@@ -77,8 +77,8 @@ class MaskJob(NamedTuple):
         """What `row` gave."""
         key, file, start, fps, bucket, source_fps, fill, framing, box, strides = row
         if file:
-            path, *rest, rate, duration = file
-            file = Mask(Path(path), *rest, Fraction(rate), Fraction(duration))
+            path, *rest, rate, duration, clock = file
+            file = Mask(Path(path), *rest, Fraction(rate), Fraction(duration), clock)
         when = (Fraction(start), Fraction(fps), Bucket(*bucket), Fraction(source_fps), fill and Fill(*fill))
         return cls(key, file, *when, framing and Framing.of_row(framing), tuple(box), Strides(*strides))
 
@@ -126,7 +126,7 @@ def mask_grid(job: MaskJob) -> np.ndarray:
             of = (number + frame_stride - 1) // frame_stride
             grid[of] += _small(frame * inside, job.strides.pixels) / (frame_stride if of else 1)
     if grid.max() <= _BLACK:
-        raise AllBlack(job.path, f"the mask is black {_where(job)}: nothing would be trained; mend it or leave it out")
+        raise AllBlack(job.path, why_black(job))
     return np.rint(grid).astype(np.uint8)
 
 
@@ -140,9 +140,11 @@ def dimmed(frames: np.ndarray, numbers: Sequence[int], clip: Clip) -> np.ndarray
     return np.rint(frames * (_NOT_DIMMED + (1 - _NOT_DIMMED) * shares)).astype(np.uint8)
 
 
-def _where(job: MaskJob) -> str:
+def why_black(job: MaskJob) -> str:
+    """What is told of a mask under which nothing of its clip would be trained, without its name."""
     assert job.file is not None, "padding leaves a picture"
-    return f"all through the clip from {float(job.start):.2f} s" if job.file.is_video else "where the clip is cut out"
+    where = f"all through the clip from {float(job.start):.2f} s" if job.file.is_video else "where the clip is cut out"
+    return f"the mask is black {where}: nothing would be trained; mend it or leave it out"
 
 
 def _cells(job: MaskJob) -> tuple[int, int]:

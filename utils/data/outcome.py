@@ -9,7 +9,7 @@ from utils.data.cache import CacheStore
 from utils.data.crew import Crew
 from utils.data.handout import failure_of
 from utils.data.listing import Skipped, plural
-from utils.data.manifest import Job, Manifest
+from utils.data.manifest import Job, Manifest, nothing_left_without
 from utils.data.records import MASK, TEXT
 
 # NFS may hide a new file for so long from a machine that has looked for it before.
@@ -49,9 +49,26 @@ def audit(store: CacheStore, kind: str, jobs: Sequence[Job], crew: Crew) -> dict
     return failed
 
 
-def failure_list(failed: Mapping[str, Skipped], kind: str) -> str:
+def refuse_losses(
+    lost: Mapping[str, Skipped],
+    failed: Mapping[str, Skipped],
+    manifests: Sequence[Manifest],
+    kind: str,
+    skip_bad_media: bool,
+) -> None:
+    """Raises `ValueError` where the start must not go on without what was `lost` at the encoder of `kind`, or where
+    that leaves no sample of a dataset; `failed` is what was lost at it and at those before it."""
+    if lost and not skip_bad_media:
+        raise ValueError(failure_list(lost, manifests, kind))
+    for manifest in manifests if lost else ():
+        if manifest.entries and not any(entry.is_free_of(failed) for entry in manifest.entries):
+            raise ValueError(nothing_left_without(manifest, failed))
+
+
+def failure_list(failed: Mapping[str, Skipped], manifests: Sequence[Manifest], kind: str) -> str:
     """The error that names them all."""
-    distinct = dict.fromkeys(failed.values())  # an image may be a black mask for many crops
+    masks = [item for manifest in manifests for _, item in manifest.lost_by_masks(failed)]
+    distinct = dict.fromkeys(masks or failed.values())  # a mask may be black for many crops
     lines = "".join(f"\n  {item.path}: {item.reason}" for item in distinct)
     noun, what = ("mask", "cannot be used") if kind == MASK else ("clip", "cannot be decoded")
     one, several = ("its clip", "their clips") if kind == MASK else ("it", "them")
@@ -61,7 +78,7 @@ def failure_list(failed: Mapping[str, Skipped], kind: str) -> str:
 
 def black_of(lost: Mapping[str, Skipped], root: Path | None) -> frozenset[str]:
     """Which of the masks that could not be made are black; remembered for other starts in the cache at `root`."""
-    black = frozenset(key for key, why in lost.items() if not why.bad)
+    black = frozenset(key for key, why in lost.items() if why.black)
     if root:
         remember_black(root, black)
     return black
@@ -77,4 +94,4 @@ def less_spared(
         {key for manifest in each for entry in manifest.entries for key in entry.mask_keys if key in lost}
         for each in (manifests, settled)
     )
-    return {key: why._replace(bad=True) for key, why in lost.items() if key in after or key not in before}, settled
+    return {key: why for key, why in lost.items() if key in after or key not in before}, settled

@@ -21,7 +21,7 @@ from utils.data.listing import Skipped
 from utils.data.manifest import CaptionJob, Job, Manifest
 from utils.data.mask_encoder import MaskEncoder
 from utils.data.masks import AllBlack, MaskJob, mask_grid
-from utils.data.outcome import audit, black_of, failure_list, less_spared, num_wanted
+from utils.data.outcome import audit, black_of, less_spared, num_wanted, refuse_losses
 from utils.data.records import MASK
 from utils.data.room import full_disk_told
 from utils.data.scan import reason_of
@@ -104,7 +104,8 @@ def precache(
         regenerate: make what the manifests list even where it is there.
 
     Raises:
-        ValueError: clips cannot be decoded or come out with NaN (all are listed), or are larger than the memory.
+        ValueError: clips cannot be decoded or come out with NaN (all are listed), or are larger than the memory; or
+            no sample of a dataset is left.
         OSError: the disk is full.
         PeerLost: another rank has ended before its time.
         RuntimeError: entries are missing though nobody reported a failure.
@@ -127,9 +128,8 @@ def precache(
             if encoder in masks:
                 black = black_of(lost, store.root if crew.rank == 0 else None)
                 lost, manifests = less_spared(lost, manifests, black)
-            if lost and not skip_bad_media:
-                raise ValueError(failure_list(lost, encoder.kind))
             failed |= lost
+            refuse_losses(lost, failed, manifests, encoder.kind, skip_bad_media)
             damaged += mended
     return PrecacheReport(made, monotonic() - begun, failed, damaged, black)
 
@@ -268,7 +268,7 @@ def _readable(decoded: Iterable[Decoded], station: _Station) -> Iterator[Decoded
 
 
 def _give_up(station: _Station, job: PixelJob | MaskJob, error: Exception) -> None:
-    station.handout.finish(job, Skipped(job.path, reason_of(error), bad=not isinstance(error, AllBlack)))
+    station.handout.finish(job, Skipped(job.path, reason_of(error), True, isinstance(error, AllBlack)))
     station.progress.advance(1, job.path.name)
 
 

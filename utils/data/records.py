@@ -31,6 +31,7 @@ class Mask(NamedTuple):
     frames: int
     fps: Fraction
     duration: Fraction  # s
+    clock: bool = False  # a video whose first moment is not where its header says, as "clock" in `MediaFile.special`
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class Entry:
     text_keys: tuple[str, ...]  # one a caption; a draw picks one; none where no encoder reads captions
     weight: float = 1.0  # what it counts in the loss: its own times that of its [[directory]]
     mask_keys: tuple[str, ...] = ()  # the cache's key of the loss mask, one a turn; none where all of it counts
+    mask: str = ""  # for people: the path of the mask's file
 
     def media(self) -> Iterator[tuple[str, str]]:
         """(kind, key) of everything encoded of its pixels."""

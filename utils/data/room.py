@@ -4,8 +4,9 @@ import errno
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -15,14 +16,28 @@ GIB = 2**30
 FREE_SHARE = 0.25  # of the host's free memory that decoded clips may take, where nothing is set
 _TRIAL_BYTES = 4096  # a full disk has room for an empty file
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What a container may use and uses, by version of control groups; see the kernel's cgroup-v2 and cgroup-v1/memory.
-_LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+
+
+class _Groups(NamedTuple):
+    """Where a version of control groups says what a group may use and uses; see the kernel's cgroup-v2 and
+    cgroup-v1/memory."""
+
+    controller: str  # of its line in /proc/self/cgroup
+    root: str
+    limits: tuple[str, ...]
+    used: str
+    cached: str  # in memory.stat: files that the kernel lets go of where room is wanted
+
+
+_GROUPS = (
+    # past memory.high the kernel slows a group down until it hardly moves
+    _Groups("", "sys/fs/cgroup", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    _Groups(
+        "memory",
+        "sys/fs/cgroup/memory",
+        ("memory.limit_in_bytes",),
+        "memory.usage_in_bytes",
         "total_inactive_file",
-        "/sys/fs/cgroup/memory/memory.stat",
     ),
 )
 
@@ -70,17 +85,37 @@ def full_disk_told(root: Path, need: Callable[[], int]) -> Iterator[None]:
         ) from error
 
 
-def free_memory() -> int:
-    """Bytes that this host, or the container that this process runs in, can still give."""
-    return min([psutil.virtual_memory().available, *_container_free()])
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this host, or the container or batch job that this process runs in, can still give.
+
+    Args:
+        root: where `proc` and `sys` lie.
+    """
+    return min([psutil.virtual_memory().available, *_groups_free(root)])
 
 
-def _container_free() -> Iterator[int]:
-    for limit, used, cached, stat in _LIMITS:
-        try:
-            top = Path(limit).read_text().strip()
-            if top != "max":
-                pairs = (line.split() for line in Path(stat).read_text().splitlines())
-                yield max(0, int(top) - int(Path(used).read_text()) + int(dict(pairs).get(cached, 0)))
-        except (OSError, ValueError):
-            continue
+def _groups_free(root: Path) -> Iterator[int]:
+    """Of each control group that this process is in, from its own up: a limit of any of them counts."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    # number, controllers, path
+    parts = [each for line in lines if len(each := line.split(":", 2)) == 3]
+    for groups in _GROUPS:
+        folders = {root / groups.root}  # a container may see its own group there, and be told the host's path to it
+        for _, controllers, path in parts:
+            if groups.controller in controllers.split(",") and ".." not in path.split("/"):
+                inside = Path(path.strip("/"))
+                folders |= {root / groups.root / each for each in (inside, *inside.parents)}
+        for folder in folders:
+            yield from _group_free(folder, groups)
+
+
+def _group_free(folder: Path, groups: _Groups) -> Iterator[int]:
+    with suppress(OSError, ValueError):
+        pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        free = int(dict(pairs).get(groups.cached, 0)) - int((folder / groups.used).read_text())
+        for name in groups.limits:
+            with suppress(OSError, ValueError):  # "max" is no number
+                yield max(0, int((folder / name).read_text()) + free)

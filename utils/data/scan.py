@@ -89,7 +89,7 @@ def scan_directory(
         except Unusable as error:
             skipped.append(Skipped(item.path, str(error), error.bad))
     distinct = dict.fromkeys(item.path for item, _ in captioned)  # an index may use several parts of one video
-    found, unreadable = _look_at(list(distinct), workers, index, progress or Silent())
+    found, unreadable = _look_at(list(distinct), workers, index, progress or Silent(), "reading media files")
     skipped += unreadable
     masked = _Masks(settings, [item for item, _ in captioned], workers, index, progress or Silent())
     media: list[MediaFile] = []
@@ -143,7 +143,7 @@ class _Masks:
     ) -> None:
         self._folder, self._default = settings.mask_path, settings.default_mask_file
         distinct = dict.fromkeys(path for item in items if (path := self._path(item)))
-        self._found, unreadable = _look_at(list(distinct), workers, index, progress)
+        self._found, unreadable = _look_at(list(distinct), workers, index, progress, "reading masks")
         self._reasons = {item.path: item.reason for item in unreadable}
 
     def _path(self, item: Item) -> Path | None:
@@ -168,7 +168,7 @@ class _Masks:
 
 
 def _look_at(
-    paths: Sequence[Path], workers: int, index: StatIndex, progress: Progress
+    paths: Sequence[Path], workers: int, index: StatIndex, progress: Progress, label: str
 ) -> tuple[dict[Path, tuple[str, Probe]], list[Skipped]]:
     """Content hash and probe of each file; from memory where nothing changed."""
     found: dict[Path, tuple[str, Probe]] = {}
@@ -185,7 +185,7 @@ def _look_at(
         else:
             found[path] = _from_json(remembered)
     if unknown:
-        progress.start(len(unknown), "reading media files")
+        progress.start(len(unknown), label)
         with WorkerPool(describe, min(workers, len(unknown)), _PROBE_TIMEOUT_S) as pool:
             for outcome in pool.run(unknown, ahead=4 * max(1, workers), name=lambda path: path.name):
                 path = outcome.item

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from utils.data.scan import ScanSettings
 from utils.data.whole import lacking
 
 SCANS_FOLDER = "scans"  # in the cache's root
-_MOST_KEPT = 8  # of them; one of 100,000 clips has 30 MB
+_MOST_BYTES = 2**30  # of all of them; one of 100,000 clips has 30 MB
 _TICK_NS = 2 * 10**9  # the coarsest clock of a file system: what changes twice within a tick has one time for both
 _CODE = (Path(__file__).parent, Path(__file__).parents[2] / "models" / "base.py")
 
@@ -66,7 +67,7 @@ class ScanMemory:
     def keep(self, manifest: Manifest) -> None:
         """Remember a scan that was begun after this object was made; not where a file could not be read, since the next
         start may find that it can."""
-        if self._path is None or any(item.bad for item in manifest.skipped):
+        if self._path is None or any(item.bad and not item.black for item in manifest.skipped):
             return
         counts = {kind: count._replace(present=count.total) for kind, count in manifest.counts.items()}
         try:
@@ -75,7 +76,8 @@ class ScanMemory:
             logger.debug("what the dataset came to cannot be remembered: %s", error)
             return
         by_use = sorted(self._path.parent.glob("*.json"), key=_used, reverse=True)
-        _remove(by_use[_MOST_KEPT:])
+        sizes = accumulate(map(_size, by_use))
+        _remove([path for path, size in zip(by_use, sizes, strict=True) if size > _MOST_BYTES])
 
 
 def forget_scans(root: Path, since: float) -> None:
@@ -122,7 +124,8 @@ def _seen(directories: Sequence[ScanSettings], now_ns: int) -> str | None:
 def _walk(folder: str, deeper: bool, now_ns: int, rows: list[str], above: set[tuple[int, int]]) -> None:
     """A row for each file that is not hidden; of sub-folders that are not scanned only the names are told."""
     info = os.stat(folder)
-    if (info.st_dev, info.st_ino) in above:  # a link that leads in a circle
+    if (info.st_dev, info.st_ino) in above:  # by a link, perhaps in a circle: where it leads, a scan may tell
+        rows.append(f"{folder} {info.st_dev} {info.st_ino}")
         return
     above.add((info.st_dev, info.st_ino))
     with os.scandir(folder) as entries:
@@ -166,6 +169,14 @@ def _used(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:  # another start has just taken it away
         return 0.0
+
+
+def _size(path: Path) -> int:
+    """Bytes."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _remove(paths: Sequence[Path]) -> None:

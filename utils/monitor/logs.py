@@ -6,15 +6,23 @@ Order of use: `quiet_libraries()` before anything heavy is imported, `terminal()
 
 import io
 import logging
+import math
 import os
+import re
+import select
+import stat
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.text import Text
+
+from utils.monitor.console import counted
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +48,113 @@ LEVEL_STYLES = {logging.WARNING: ("warning: ", "yellow"), logging.ERROR: ("error
 NON_TERMINAL_WIDTH = 120  # columns; a log file has no edge, and 80 would cut tables
 
 
+PATIENCE_S = 1.0  # that a training has with a terminal that takes nothing
+CURSOR = re.compile(r"\x1b\[\?25[hl]")  # shows or hides it; the last one counts
+
+
 class Forgiving(io.TextIOWrapper):
-    """A terminal may go, as where an ssh connection drops: that nobody reads any more is no reason to end a run, least
-    of all in the middle of its checkpoint. The log file has it all."""
+    """Standard output that is no reason to end a run, nor to hold it up, least of all in the middle of its checkpoint.
+
+    A terminal may go, as where an ssh connection drops, or take nothing for hours: Ctrl-S, a laptop that sleeps, a
+    `| less` that nobody pages. Then text with the end of a line in it is waited for once, up to `patience_s`, and text
+    without one, which is the live line that is drawn again anyway, not at all. What was begun is kept, what comes after
+    it is left out. Once the terminal takes text again, it is told how much it missed. The log file has it all.
+    """
+
+    def __init__(self, buffer: IO[bytes], encoding: str, patience_s: float = math.inf) -> None:
+        """
+        Args:
+            buffer: of `_own_output`, or of any other descriptor; it is written to past its buffer.
+        """
+        super().__init__(buffer, encoding, "replace")  # type: ignore[arg-type]
+        self._patience_s = patience_s
+        self._poll = select.poll()
+        self._poll.register(self.fileno(), select.POLLOUT)
+        # where a write may wait, only what there is room for: a pipe that is ready takes this much, a terminal less
+        self._most = 1 if self.isatty() and os.get_blocking(self.fileno()) else select.PIPE_BUF
+        self._rest = b""  # begun, and not taken yet
+        self._stuck = False  # one text was waited for in vain
+        self._missed = self._missed_in_all = 0  # lines since it last took some, and ever
+        self._cursor = ""  # how it was to be, where that was left out
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            super().write(text)
+        with suppress(OSError):  # nobody is there any more
+            self._offer(text, 0.0 if self._stuck or "\n" not in text else self._patience_s)
         return len(text)
 
-    def flush(self) -> None:
+    def settle(self) -> None:
+        """The last chance of what was not taken; the log file is told how much the terminal missed."""
         with suppress(OSError):
-            super().flush()
+            self._offer("", self._patience_s)
+        lines = self._missed_in_all + self._rest.count(b"\n")
+        self._missed_in_all = 0
+        if lines:
+            logger.debug("the terminal took nothing for a while: %s not shown there", counted(lines, "line"))
+
+    def _offer(self, text: str, wait_s: float) -> None:
+        deadline = time.monotonic() + wait_s
+        self._rest = self._push(self._rest, deadline)
+        if not self._rest and (self._missed or self._cursor) and self._takes(deadline):
+            self._rest = self._push(self._notice(), deadline)
+        if self._rest:
+            lines = sum(bool(line.strip()) for line in text.split("\n")[:-1])
+            self._missed += lines
+            self._missed_in_all += lines
+            self._cursor = (CURSOR.findall(text) or [self._cursor])[-1]
+        else:
+            self._rest = self._push(text.encode(self.encoding, "replace"), deadline)
+        self._stuck = bool(self._rest) and (self._stuck or wait_s > 0)
+
+    def _notice(self) -> bytes:
+        lines, cursor = self._missed, self._cursor
+        self._missed, self._cursor = 0, ""
+        if not lines:
+            return cursor.encode()
+        below = "\n" if self.isatty() else ""  # what it took last may be the live line
+        said = f"({counted(lines, 'line')} not shown: the terminal took nothing for a while; see the log file)"
+        return f"{below}{cursor}{said}\n".encode()
+
+    def _push(self, data: bytes, deadline: float) -> bytes:
+        """What is not taken of `data` by `deadline`."""
+        while data and self._takes(deadline):
+            try:
+                data = data[os.write(self.fileno(), data[: self._most]) :]
+            except BlockingIOError:  # room for less than a character, or another process had it
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.01)
+        return data
+
+    def _takes(self, deadline: float) -> bool:
+        left_s = max(0.0, deadline - time.monotonic())
+        return bool(self._poll.poll(None if left_s == math.inf else left_s * 1000))
 
 
-def terminal() -> Console:
+def _own_output() -> int:
+    """A descriptor of standard output that is nobody else's, and never waits where that can be had.
+
+    It is opened anew, because the shell and the other ranks share the flags of standard output itself, and would fail
+    if that did not wait. Opening is refused where the terminal is another user's (`su`); a file, which never holds
+    anybody up, would begin anew.
+    """
+    if os.isatty(1) or stat.S_ISFIFO(os.fstat(1).st_mode):
+        with suppress(OSError):
+            return os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    return os.dup(1)
+
+
+def terminal(patience_s: float = math.inf) -> Console:
     """The console that everything shown to people goes through.
 
     It writes to a private copy of standard output, so that it stays visible while `captured_output` sends the real one
     to the log file. One console for log lines, tables and the live line keeps them from tearing each other.
+
+    Args:
+        patience_s: seconds to wait where standard output takes nothing, before text is left out. What is there for its
+            output alone waits for ever, as other programs do: it may be paged.
     """
     sys.stdout.flush()
-    copy = Forgiving(os.fdopen(os.dup(1), "wb"), sys.stdout.encoding or "utf-8", "replace", line_buffering=True)
+    copy = Forgiving(os.fdopen(_own_output(), "wb"), sys.stdout.encoding or "utf-8", patience_s)
     width = None if copy.isatty() or "COLUMNS" in os.environ else NON_TERMINAL_WIDTH
     return Console(file=copy, width=width, highlight=False)
 
@@ -89,6 +182,11 @@ class ConsoleHandler(logging.Handler):
             self.console.print(self._line(record), soft_wrap=True)
         except Exception:
             self.handleError(record)
+
+    def close(self) -> None:
+        if isinstance(self.console.file, Forgiving):
+            self.console.file.settle()
+        super().close()
 
     def _line(self, record: logging.LogRecord) -> Text:
         line = Text(logging.Formatter("%(asctime)s ", "%H:%M:%S").format(_bare(record)), style="dim")
@@ -147,6 +245,9 @@ def log_to_file(run_dir: Path, rank: int) -> Path:
         root.removeHandler(old)
         old.close()
     root.addHandler(handler)
+    for before in [h for h in root.handlers if isinstance(h, ConsoleHandler)]:  # a console may hesitate: the file first
+        root.removeHandler(before)
+        root.addHandler(ConsoleHandler(before.console, before.rank))  # a new one, since the newest is closed first
     return path
 
 

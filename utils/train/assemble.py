@@ -60,11 +60,11 @@ def build_run(job: Job, data: Prepared) -> Run:
     data_ranks = engine.grid.get_data_parallel_world_size()
     plan = make_plan(config, data.train, data_ranks, job.family.tokens)
     course = whole_course(job, data, plan)
-    state, meters, owed = TrainState(), Meters(), ()
+    state, meters, owed, came_with = TrainState(), Meters(), (), (-1, "")
     if job.resume:
         job.activity.begin("reading the checkpoint", patience=LONG)
         loaded = resume(job, experts, course, meters, lambda state: length_course(config, plan, state))
-        state, owed = loaded.state, loaded.owed
+        state, owed, came_with = loaded.state, loaded.owed, (loaded.state.step, loaded.mark)
     course |= length_course(config, plan, state)
     reads_data = engine.is_first_stage() or engine.is_last_stage()
     display = LiveLine(job.console, enabled=dist.is_main(), steps_per_print=config.steps_per_print)
@@ -73,13 +73,7 @@ def build_run(job: Job, data: Prepared) -> Run:
         run_dir=job.run_dir,
         family=job.family,
         experts=experts,
-        checkpointer=Checkpointer(
-            job.run_dir,
-            stage=engine.stage_id,
-            data_rank=engine.data_rank,
-            keep_last=config.keep_last,
-            activity=job.activity,
-        ),
+        checkpointer=checkpointer_of(job, engine),
         plan=plan,
         loader=StepLoader(dataset_at, plan, engine.data_rank, state.plan_step) if reads_data else None,
         eval_sets=eval_sets(job, data),
@@ -99,11 +93,11 @@ def build_run(job: Job, data: Prepared) -> Run:
         checkpointed=job.resume,
         last_checkpoint=state.step if job.resume else -1,
         owed=owed,
+        came_with=came_with,
         limit=TimeLimit(config.max_runtime_minutes, first_save_s(experts)),
     )
     if job.resume:
         run.last_eval = state.step if is_evaluated(run) else -1
-        tell_of_end(run)
     if dist.is_main():
         introduce(job, data, run, ranks_of(engine, data_ranks))
     return run
@@ -115,11 +109,23 @@ def whole_course(job: Job, data: Prepared, plan: EpochPlan) -> dict[str, Any]:
     return {**course, "model": job.family.title, **data_course(data.train), **held_out_course(data)}
 
 
+def checkpointer_of(job: Job, engine: ReelEngine) -> Checkpointer:
+    """What writes and prunes this rank's part of the run's checkpoints."""
+    return Checkpointer(
+        job.run_dir,
+        stage=engine.stage_id,
+        data_rank=engine.data_rank,
+        keep_last=job.config.keep_last,
+        activity=job.activity,
+    )
+
+
 def tell_of_end(run: Run) -> None:
     """Warn where the config has the run end before the step that it goes on from."""
-    if run.state.step > run.settings.total_steps and dist.is_main():
+    if run.state.step > run.settings.total_steps:
         logger.warning(
-            "the checkpoint is of step %d, and epochs and max_steps end the run at step %d: there is nothing to train",
+            "the checkpoint is of step %d, and epochs and max_steps end the run at step %d: there is nothing to train; "
+            "raise them to train on",
             run.state.step,
             run.settings.total_steps,
         )
@@ -141,6 +147,7 @@ def introduce(job: Job, data: Prepared, run: Run, ranks: list[list[int]]) -> Non
     facts = {"layers": run.experts.engine.module.parts, "ranks": dist.world_size(), **turns(job.family)}
     facts["data_digest"] = {name: manifest.digest() for name, manifest in data.manifests.items()}
     write_record(job.loaded, job.run_dir, facts)
+    tell_of_end(run)
     tell.sets(job.console, data.train.groups)
     tell.plan(job.console, job.config, job.family, run, ranks)
 
@@ -177,7 +184,9 @@ def resume(
 
 
 def _in_words(change: str) -> str:
-    """Two numbers tell nobody what it is that differs."""
+    """Two numbers tell nobody what it is that differs, nor does a key without its table."""
+    if change.startswith("alpha "):
+        return f"adapter.{change}"
     if change.startswith((HELD_OUT, "eval_seed ")):
         return f"{change}: evaluations of before and of now cannot be compared"
     if change.startswith(f"{LENGTH} "):

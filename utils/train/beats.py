@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ class Beat(NamedTuple):
     rank: int
     host: str  # `liveness.machine`: ranks of one host see each other's processes
     pid: int
+    born: str  # tells the process from a later one of the same id; "" where the system does not say
     stage: int | None
     phase: str
     what: str
@@ -49,10 +51,18 @@ def named(rank: int, stage: int | None) -> str:
 def beat_of(rank: int, host: str, activity: Activity, now: float) -> Beat:
     doing: Doing = activity.doing
     idle_s = round(activity.idle_s(now), 1)
+    pid = os.getpid()
+    try:
+        born = _birth(pid)
+    except OSError:  # too many open files: that is no reason to be silent
+        born = ""
     return Beat(
-        rank, host, os.getpid(), activity.stage, activity.phase, doing.what, doing.micro_batch, doing.peers, idle_s,
+        rank, host, pid, born, activity.stage, activity.phase, doing.what, doing.micro_batch, doing.peers, idle_s,
         doing.patience,
     )  # fmt: skip
+
+
+_birth = cache(born_at)  # of this process: it does not change
 
 
 def write_beat(folder: Path, beat: Beat) -> None:
@@ -75,9 +85,12 @@ def read_beat(folder: Path, rank: int) -> tuple[Beat, float] | None:
 
 
 def is_gone(beat: Beat, host: str) -> bool:
-    """Whether the process of a rank on this host has ended. False where that cannot be seen."""
+    """Whether the process of a rank on this host has ended: there is none of its id, or one that began later. False
+    where that cannot be seen."""
     with suppress(OSError):
-        return beat.host == host and not born_at(beat.pid)
+        if beat.host == host:
+            born = born_at(beat.pid)
+            return not born or (beat.born != "" and beat.born != born)
     return False
 
 

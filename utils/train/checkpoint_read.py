@@ -26,7 +26,7 @@ from utils.train.checkpoint import (
 from utils.train.disk import attempt, first_trouble
 from utils.train.export import clear_saved
 from utils.train.optimizers import load_optimizer_state_by_name, merge_optimizer_states
-from utils.train.state import TrainState
+from utils.train.state import TrainState, course_mark
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Loaded(NamedTuple):
     course: dict[str, Any]
     meters: dict[str, Any]
     owed: tuple[str, ...] = ()  # what was due at its step and not done any more, see `utils.train.saving`
+    mark: str = ""  # of models that were saved at its step
 
 
 def load(folder: Path, parts: Mapping[str, Part], *, is_ours: bool = True) -> Loaded:
@@ -76,13 +77,9 @@ def load(folder: Path, parts: Mapping[str, Part], *, is_ours: bool = True) -> Lo
         if part.optimizer is not None:
             _load_optimizer(folder, _holders(manifest, ".pt", expert), part.trained, part.optimizer)
     content = json.loads((folder / STATE).read_text())
-    return Loaded(
-        TrainState(**content["state"]),
-        content["epochs_done"],
-        content["course"],
-        content["meters"],
-        tuple(content.get("owed", ())),
-    )
+    state, course, meters = TrainState(**content["state"]), content["course"], content["meters"]
+    owed = tuple(content.get("owed", ()))
+    return Loaded(state, content["epochs_done"], course, meters, owed, course_mark(state, course, meters))
 
 
 def verify(folder: Path) -> list[str]:

@@ -59,9 +59,9 @@ def catch_up(run: "Run") -> None:
     settings = run.settings
     first = run.state.step == 0 and bool(run.eval_sets) and settings.eval_before_first_step
     due = [EVALUATION, *run.owed] if first and EVALUATION not in run.owed else run.owed
-    epoch = f"epoch{run.milestones().epochs_done}"
-    if run.last_checkpoint == run.state.step and is_saved(run, epoch):
-        run.last_saved, run.saved = run.state.step, run.run_dir / epoch  # an end here needs no other
+    for name in (f"step{run.state.step}", f"epoch{run.milestones().epochs_done}"):
+        if run.last_checkpoint == run.state.step and is_saved(run, name):
+            run.last_saved, run.saved = run.state.step, run.run_dir / name  # an end here needs no other
     do_what_is_due(run, [name for name in due if name == EVALUATION or not is_saved(run, name)])
 
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as torch_dist
 
@@ -15,6 +16,7 @@ from utils import dist
 from utils.config.load import LoadedConfig
 from utils.data.crew import PeerLost
 from utils.dist_meeting import first_fault, tell_launcher, tell_others
+from utils.monitor.logs import captured_output
 from utils.train.faults import Fault
 from utils.train.memory import is_out_of_memory, out_of_memory_words
 from utils.train.nonfinite import NonFiniteError
@@ -46,6 +48,8 @@ LOST_PEER = (
     "another rank has ended, so this one stops; if it said why, that stands above or in logs/rank_*.log of the run "
     "folder (killed without a word: mostly memory that ran out)"
 )
+
+OWN_CODE = [Path(__file__).parents[2] / folder for folder in ("models", "utils")]
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +130,7 @@ def _tell(error: Exception, outcome: Outcome) -> None:
         tell_launcher(text)
         _tell_before_start(error, text, trace)
         return
-    place = "" if is_out_of_memory(error) else f"\n  {watchdog.activity.place()}"
+    place = "" if _says_where(error, watchdog) else f"\n  {watchdog.activity.place()}"
     tell_launcher(text + place)
     watchdog.record(text)
     watchdog.hush()
@@ -139,10 +143,15 @@ def _tell_before_start(error: Exception, text: str, trace: str) -> None:
     """There is no run folder yet. Most mistakes are seen by all ranks: the first one of each node tells."""
     waits = isinstance(error, EXPECTED) and dist.local_rank() > 0
     if waits:
-        tell_others(text, error)
+        _pass_on(text, error)
         time.sleep(OTHERS_WAIT_S)  # the launcher ends this rank while it sleeps
     logger.error("%s", text + trace)
     if not waits:
+        _pass_on(text, error)
+
+
+def _pass_on(text: str, error: Exception) -> None:
+    with captured_output(None):  # else torch's attempts to reach the others are the last words on the screen
         tell_others(text, error)
 
 
@@ -153,6 +162,17 @@ def _words(error: Exception, outcome: Outcome) -> tuple[str, bool]:
     if isinstance(error, EXPECTED):
         return str(error), False
     return f"{type(error).__name__}: {error}", True
+
+
+def _says_where(error: Exception, watchdog: Watchdog) -> bool:
+    """Whether the message needs no place. What this project has to say of a config or a file names the key or the file;
+    a library's message does not, and in a step it is the samples that matter."""
+    if is_out_of_memory(error):
+        return True
+    *_, last = traceback.extract_tb(error.__traceback__)
+    is_ours = any(Path(last.filename).is_relative_to(folder) for folder in OWN_CODE)
+    is_raised = (last.line or "").startswith("raise ")  # not by a call into C such as `int(text)`
+    return isinstance(error, ValueError) and is_ours and is_raised and watchdog.activity.batch() is None
 
 
 def _is_told_by_main(text: str, watchdog: Watchdog) -> bool:

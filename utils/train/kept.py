@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,10 +74,12 @@ def examine(run: "Run", plan: StepPlan, loss: float, lr: float) -> tuple[Inciden
     batches, trouble = _again(run, plan)
     items = plan.micro_batches_of(engine.data_rank)
     names = [[run.name_of(item.entry) for item in each] for each in items]
-    origins = gather_origins(first_origin(engine, batches, names))
+    mine = first_origin(engine, batches, names)
+    origins = gather_origins(mine)
+    files = _cached(run, plan, mine)
     told = _told_of_all(run, plan, batches)
     step = run.state.step + 1
-    incident = Incident(step, loss, engine.grad_norm, lr, _samples(told), origins, run.experts.awake)
+    incident = Incident(step, loss, engine.grad_norm, lr, _samples(told), origins, run.experts.awake, files)
     facts = {
         "format": FORMAT,
         "model": run.family.title,
@@ -104,6 +108,15 @@ def _again(run: "Run", plan: StepPlan) -> tuple[list[MicroBatch], str | None]:
         return ([] if run.loader is None else run.loader.again(plan.step)), None
     except (OSError, ValueError) as error:  # the cache: damaged, or gone
         return [], str(error)
+
+
+def _cached(run: "Run", plan: StepPlan, mine: Origin | None) -> list[str]:
+    """Files of the cache that are not finite, of all ranks on which that was the first; all ranks call this."""
+    found: list[str] = []
+    if run.loader is not None and mine is not None and mine.cause == DATA:
+        with suppress(OSError, ValueError):  # as above; what is told without it is less, not wrong
+            found += map(str, run.loader.not_finite(plan.step))
+    return sorted({path for text in dist.gather_text(json.dumps(found)) for path in json.loads(text)})
 
 
 Told = Mapping[int, Sequence[Sequence[Mapping[str, Any]]]]  # data rank -> micro-batches -> samples
@@ -186,7 +199,7 @@ def _keep(
     trouble = trouble or first_trouble(attempt(finish) if dist.is_main() else None)
     if trouble and engine.is_first_stage() and not path.exists():
         attempt(lambda: mine.unlink(missing_ok=True))  # on a full disk nothing is left lying
-    return f"its batch is not kept: {trouble}" if trouble else f"look into it with --replay {path}"
+    return f"its batch is not kept: {trouble}" if trouble else f"look into it with --replay {shlex.quote(str(path))}"
 
 
 def _file_of(path: Path, data_rank: int) -> Path:

@@ -111,6 +111,7 @@ class Run:
     saved: Path | None = None  # newest model or adapter of this start
     checkpointed: Path | None = None  # newest checkpoint of this start
     owed: Sequence[str] = ()  # what was due when the run was stopped, see `utils.train.saving`
+    came_with: tuple[int, str] = (-1, "")  # step that the run goes on from, and `mark_of` as it was then
     last_eval: int = -1
     last_saved: int = -1
     last_checkpoint: int = -1

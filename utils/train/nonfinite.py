@@ -52,6 +52,7 @@ class Incident(NamedTuple):
     samples: Sequence[Sample]
     origins: Sequence[Origin]  # the first of each rank
     expert: str = ""
+    files: Sequence[str] = ()  # of the cache, that are not finite themselves
 
     @property
     def first(self) -> Origin | None:
@@ -69,14 +70,15 @@ class Incident(NamedTuple):
         what = "gradient" if math.isfinite(self.loss) else "loss"
         where = f" of {self.expert}" if self.expert else ""
         first = self.first.words() if self.first else "none: the norm is beyond what float32 can hold"
+        cached = f"\n  not finite in the cache: {shown(self.files)}" if self.files else ""
         return (
             f"the {what} of step {self.step}{where} is not finite (loss {self.loss:.4g}, gradient norm "
             f"{self.grad_norm:.4g}, learning rate {self.lr:.3g}); no weight was changed by it"
-            f"\n  the first tensor that is not finite: {first}\n  samples: {shown(self.samples)}"
+            f"\n  the first tensor that is not finite: {first}{cached}\n  samples: {shown(self.samples)}"
         )
 
 
-def shown(samples: Sequence[Sample]) -> str:
+def shown(samples: Sequence[object]) -> str:
     """The first of them, and how many more."""
     more = f" and {len(samples) - MAX_SAMPLES} more" if len(samples) > MAX_SAMPLES else ""
     return ", ".join(map(str, samples[:MAX_SAMPLES])) + more

@@ -179,7 +179,7 @@ def optimizer_state_by_name(optimizer: Optimizer, named_parameters: NamedParamet
         shapes: parameter name -> its shape, for every optimized parameter.
         shared: key -> value for what belongs to no single parameter (MADGRAD's step count).
         groups: `{"names": [...], "values": {...}, "on_device": [keys of tensors kept beside the parameters]}` each.
-        kind: the optimizer's class, whose state says nothing to another.
+        kind: the optimizer's package and class, whose state says nothing to another.
     """
     names = {id(p): name for name, p in named_parameters}
     live = partial(map_tensors, change=Tensor.detach)
@@ -188,8 +188,23 @@ def optimizer_state_by_name(optimizer: Optimizer, named_parameters: NamedParamet
         "shapes": {names[id(p)]: list(p.shape) for group in optimizer.param_groups for p in group["params"]},
         "shared": {key: live(value) for key, value in optimizer.state.items() if isinstance(key, str)},
         "groups": [_saved_group(group, names) for group in optimizer.param_groups],
-        "kind": type(optimizer).__name__,
+        "kind": _kind(optimizer),
     }
+
+
+def _kind(optimizer: Optimizer) -> str:
+    """With the package: torch and optimi each have an AdamW, and only one of them counts steps for each parameter."""
+    return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
+
+
+def _saved_kind(saved: Mapping[str, Any], optimizer: Optimizer) -> str:
+    """`kind` of a state; earlier versions noted the class alone, or nothing, and there its state tells."""
+    name = type(optimizer).__name__
+    kind = saved.get("kind") or name
+    states = [each for each in saved["state"].values() if each]
+    if kind == "AdamW" and states:
+        return "torch.AdamW" if "step" in states[0] else "optimi.AdamW"
+    return _kind(optimizer) if kind == name else kind
 
 
 def _saved_group(group: Mapping[str, Any], names: Mapping[int, str]) -> dict[str, Any]:
@@ -232,11 +247,11 @@ def load_optimizer_state_by_name(
     Raises:
         ValueError: a parameter had another shape when it was saved, or the optimizer was of another class.
     """
-    kind = state.get("kind") or type(optimizer).__name__
-    if kind != type(optimizer).__name__:
+    kind = _saved_kind(state, optimizer)
+    if kind != _kind(optimizer):
         raise ValueError(
-            f"the checkpoint's optimizer is {kind} and [optimizer] type asks for {type(optimizer).__name__}; set type "
-            "back, or pass --reset_optimizer to start with a fresh one"
+            f"the checkpoint's optimizer is {kind} and [optimizer] type asks for {_kind(optimizer)}; set type back, or "
+            "pass --reset_optimizer to start with a fresh one"
         )
     names = {id(p): name for name, p in named_parameters}
     parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}

@@ -8,7 +8,7 @@ from utils import dist
 from utils.data.plan import StepPlan
 from utils.monitor.loss_watch import WINDOW
 from utils.train.kept import examine, samples_of
-from utils.train.nonfinite import FROZEN, Incident, NonFiniteError, shown
+from utils.train.nonfinite import DATA, FROZEN, Incident, NonFiniteError, shown
 from utils.train.saving import save_checkpoint, settle_checkpoint
 
 if TYPE_CHECKING:
@@ -41,14 +41,20 @@ def leave_out(run: "Run", plan: StepPlan, loss: float, lr: float) -> None:
 def stop_words(incident: Incident, kept: str, checkpointed: Path | None, skipped: int, on_nonfinite: str) -> str:
     """The end of a run by a step that is not finite: what happened, what is saved, what to do."""
     lines = [incident.words(), kept]
+    too_many = f"{skipped} of the last {WINDOW} steps were left out, more than max_nonfinite"
     if incident.first is not None and incident.first.cause == FROZEN:
         lines.append("it was read so: look at the files of the model, and at fuse_adapters")
     elif incident.is_hopeless:
         lines.append("no further step could be finite: go on from a checkpoint of before, with a lower lr")
+    elif incident.first is not None and incident.first.cause == DATA:
+        mend = "take the clip away, or start once with --regenerate_cache, which encodes it anew"
+        if incident.files:
+            what = "that file of the cache" if len(incident.files) == 1 else "those files of the cache"
+            mend = f"delete {what}, and the next start makes it anew"
+        left_out = too_many if on_nonfinite == "skip" else "on_nonfinite = 'skip' leaves such steps out"
+        lines.append(f"it was read so, and no lr mends that: {mend}; {left_out}")
     elif on_nonfinite == "skip":
-        lines.append(
-            f"{skipped} of the last {WINDOW} steps were left out, more than max_nonfinite: lower lr, look at them"
-        )
+        lines.append(f"{too_many}: lower lr, look at them")
     else:
         lines.append("lower lr or mend the clip; on_nonfinite = 'skip' leaves such steps out")
     if checkpointed is not None:

@@ -4,13 +4,14 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 from utils.train import checkpoint
 from utils.train.checkpoint import CheckpointError
-from utils.train.run_lock import RunLock
+from utils.train.run_lock import InUse, RunLock
 
 SEEN_S = 30.0  # network file systems may remember for so long that a file is not there
 LOOK_S = 0.1  # between two looks
@@ -94,12 +95,32 @@ def find_checkpoint(output_dir: Path, asked: str, hold: Callable[[Path], None] |
             raise CheckpointError(f"--resume_from_checkpoint {asked}: {told}")
     named = within if within.is_dir() else named
     if not named.is_dir():
-        runs = ", ".join(_runs(output_dir)[-MAX_NAMES:]) or "none"
-        raise CheckpointError(f"--resume_from_checkpoint {asked}: no such run in {output_dir}; newest runs: {runs}")
+        raise CheckpointError(f"--resume_from_checkpoint {asked}: {_absent(output_dir, asked)}")
+    if (inside := _runs(named)) and not _has_checkpoint(named):
+        raise CheckpointError(f"--resume_from_checkpoint {asked}: {_too_high(output_dir, named, inside)}")
     if checkpoint.SAVED_NAME.fullmatch(named.name):
         raise CheckpointError(checkpoint.explain(named))
     _prepare(named, hold)
     return checkpoint.find(named, complete=False)
+
+
+def _absent(output_dir: Path, asked: str) -> str:
+    """What is told where there is no folder of that name."""
+    file = next((path for path in (output_dir / asked, Path(asked)) if path.is_file()), None)
+    if file is not None:
+        names = [parent for parent in Path(asked).parents if RUN_NAME.fullmatch(parent.name)]
+        names += [parent for parent in Path(asked).parents if checkpoint.NAME.fullmatch(parent.name)]
+        mend = f"name its folder: --resume_from_checkpoint {names[-1]}" if names else "name the folder of a run"
+        return f"{file} is a file; {mend}"
+    return f"no such run in {output_dir}; newest runs: {', '.join(_runs(output_dir)[-MAX_NAMES:]) or 'none'}"
+
+
+def _too_high(output_dir: Path, folder: Path, runs: Sequence[str]) -> str:
+    """What is told where a folder of runs was named."""
+    is_own = output_dir.is_dir() and output_dir.samefile(folder)
+    names = [name if is_own else str(folder / name) for name in runs[-MAX_NAMES:]]
+    mend = "name one of them, or none for the newest with a checkpoint" if is_own else "name one of them"
+    return f"{folder} is a folder of runs; {mend}. The newest: {', '.join(names)}"
 
 
 def _newest(output_dir: Path, hold: Callable[[Path], None] | None) -> Path:
@@ -107,8 +128,11 @@ def _newest(output_dir: Path, hold: Callable[[Path], None] | None) -> Path:
     runs, without = _runs(output_dir), []
     for name in reversed(runs):
         run_dir = output_dir / name
-        _prepare(run_dir, hold)
-        if any(checkpoint.NAME.fullmatch(path.name) for path in run_dir.iterdir()):
+        try:
+            _prepare(run_dir, hold)
+        except InUse as error:
+            raise ValueError(_in_use(output_dir, runs[: runs.index(name)], error)) from error
+        if _has_checkpoint(run_dir):
             found = checkpoint.find(run_dir, complete=False)
             if without:
                 more = f" and {len(without) - MAX_NAMES} more" if len(without) > MAX_NAMES else ""
@@ -125,6 +149,23 @@ def _newest(output_dir: Path, hold: Callable[[Path], None] | None) -> Path:
     if not runs:
         raise CheckpointError(f"--resume_from_checkpoint: no runs in {output_dir}; check output_dir")
     raise CheckpointError(checkpoint.explain(output_dir / runs[-1]))
+
+
+def _in_use(output_dir: Path, older: Sequence[str], error: InUse) -> str:
+    """What is told where nobody has named the run that is at work: it may be somebody else's."""
+    for name in reversed(older):
+        with suppress(CheckpointError):
+            checkpoint.find(output_dir / name, complete=False)
+            return (
+                f"--resume_from_checkpoint without a name is for the newest run, and {error.told}; to go on with "
+                f"another one name it (--resume_from_checkpoint {name} is the newest of those with a checkpoint), else "
+                f"wait for the end of that one or, if it is yours, stop it ({error.way_out})"
+            )
+    return str(error)
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    return any(checkpoint.NAME.fullmatch(path.name) for path in run_dir.iterdir())
 
 
 def _prepare(run_dir: Path, hold: Callable[[Path], None] | None) -> None:

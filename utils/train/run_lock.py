@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from utils.data.liveness import born_at, machine
+from utils.train.triggers import QUIT_FILE
 
 NAME = "in_use.json"
 BEAT_S = 5.0
@@ -41,6 +43,21 @@ class Holder(NamedTuple):
         return f"process {self.pid} on {self.host}, since {self.since}"
 
 
+class InUse(ValueError):
+    """Another start is at work in a run folder.
+
+    Attributes:
+        told: the folder, and who it is.
+        way_out: how to end that one.
+    """
+
+    def __init__(self, run_dir: Path, who: str, way_out: str = "") -> None:
+        self.told = f"the run folder {run_dir} is in use by {who}"
+        self.way_out = way_out or f"touch {shlex.quote(str(run_dir / QUIT_FILE))}"
+        mend = f"wait for its end, stop it ({self.way_out}), or start anew without --resume_from_checkpoint"
+        super().__init__(f"{self.told}; {mend}")
+
+
 class RunLock:
     """One rank's part in holding `<run>/in_use.json`, whose byte N rank N locks.
 
@@ -61,7 +78,7 @@ class RunLock:
             tell: what is waited for.
 
         Raises:
-            ValueError: another start is at work there.
+            InUse: another start is at work there.
             OSError: the file cannot be written.
         """
         deadline, told = time.monotonic() + follow_s, False
@@ -72,9 +89,12 @@ class RunLock:
             if locked and self._is_current():
                 break
             # by its rank 0, or only by ranks that are about to follow it
-            if not locked and (not self._lock(1) or time.monotonic() > deadline):
+            if not locked and not self._lock(1):
                 self._close()
-                raise ValueError(self._refusal(before))
+                raise self._refusal(before)
+            if not locked and time.monotonic() > deadline:
+                self._close()
+                raise self._refusal_of_followers(before)
             self._close()
             if not locked:
                 if not told:
@@ -125,15 +145,17 @@ class RunLock:
             if self._read() is None:
                 return None
             if self._touched() != first:
-                raise ValueError(self._refusal(holder))
+                raise self._refusal(holder)
         return holder
 
-    def _refusal(self, holder: Holder | None) -> str:
-        who = holder or self._read() or "another start"
-        return (
-            f"the run folder {self._path.parent} is in use by {who}; wait for its end, stop it (touch "
-            f"{self._path.parent / 'save_quit'}), or start anew without --resume_from_checkpoint"
-        )
+    def _refusal(self, holder: Holder | None) -> InUse:
+        return InUse(self._path.parent, str(holder or self._read() or "another start"))
+
+    def _refusal_of_followers(self, holder: Holder | None) -> InUse:
+        """No rank 0 is there to read a file that stops it."""
+        first = f" ({holder})" if holder else ""
+        who = f"processes of an earlier start, whose rank 0{first} has ended"
+        return InUse(self._path.parent, who, f"fuser -v {shlex.quote(str(self._path))} lists them")
 
     def _read(self) -> Holder | None:
         try:

@@ -1,7 +1,5 @@
 """What the loop saves of a run: checkpoints, written beside the next steps, and models."""
 
-import hashlib
-import json
 import logging
 import math
 import time
@@ -23,6 +21,7 @@ from utils.train.export import Model, export
 from utils.train.nonfinite import bad_state, bad_weight
 from utils.train.optimizers import eval_mode
 from utils.train.parking import tensor_bytes
+from utils.train.state import course_mark
 from utils.train.triggers import Decision
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ def save_checkpoint(run: "Run", *, wait: bool = False, owed: Sequence[str] = ())
     settle_checkpoint(run)  # there may be one on its way still
     if bad := bad_of(run):
         logger.error("no checkpoint of step %d: %s is not finite; keeping earlier ones", run.state.step, bad)
+        run.checkpoint_clock = time.monotonic()  # else it is due after every step, and looks at every tensor
         return
     run.activity.begin(f"writing the checkpoint of step {run.state.step}", patience=LONG)
     run.metrics.flush()  # numbers must not be behind the checkpoint
@@ -153,9 +153,10 @@ def save_model(run: "Run", name: str) -> None:
 
 def mark_of(run: "Run") -> str:
     """Tells this step of this course from the same step of one that was left: by the losses so far, the data and the
-    settings. Nothing random: a run that is started twice writes the same files."""
-    facts = json.dumps([run.state.to_dict(), run.course, run.meters.state_dict()], sort_keys=True)
-    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+    settings. Nothing random: a run that is started twice writes the same files. Where nothing was trained since the
+    checkpoint that the run goes on from, the settings are those of before: its weights are the same."""
+    step, mark = run.came_with
+    return mark if step == run.state.step else course_mark(run.state, run.course, run.meters.state_dict())
 
 
 def save_last_model(

@@ -23,7 +23,7 @@ from utils.data.crew import PeerLost
 from utils.data.pace import record_pace
 from utils.data.room import unwritable
 from utils.dist_meeting import MEETING_S
-from utils.monitor.logs import captured_output, log_to_file, quiet_libraries, setup_logging, terminal
+from utils.monitor.logs import PATIENCE_S, captured_output, log_to_file, quiet_libraries, setup_logging, terminal
 from utils.monitor.metrics import WandbSettings
 from utils.monitor.progress import CacheProgress
 from utils.train import tell
@@ -73,7 +73,7 @@ def read_config(flags: argparse.Namespace) -> Job:
         ConfigError: all that is wrong with the files.
     """
     quiet_libraries()
-    console = terminal()
+    console = terminal(PATIENCE_S)
     setup_logging(dist.rank(), console)
     share_cores()
     loaded = load_config(flags.config, flags.set)

@@ -71,7 +71,7 @@ class StopSignals:
         self._first = Decision.NONE  # decides the exit status: what launchers send after it is no news
         self._asked_at = 0.0
         self._stage, self._since = Stage.LOADING, 0.0
-        self._raised = self._by_thread = False
+        self._raised = self._by_thread = self._said = False
         self._requeue_status: int | None = None  # not known yet
         self._ends_at: float | None = None
         self._folder: Path | None = None
@@ -105,10 +105,20 @@ class StopSignals:
             signal.signal(number, previous)
 
     def limit(self, requeue_status: int, max_runtime_minutes: float | None) -> None:
-        """What the config says of ending: with which status a start without time left ends, and when that is."""
+        """What the config says of ending: with which status a start without time left ends, and when that is.
+
+        Raises:
+            ValueError: it has none left by now, and so would every other start; to queue it again is of no use.
+        """
         self._requeue_status = requeue_status
         if max_runtime_minutes is not None:
-            self._ends_at = time.monotonic() + max(max_runtime_minutes * 60 - age_s() - SPARE_S, 0.0)
+            age, left = age_s(), max_runtime_minutes * 60 - SPARE_S
+            if left <= age:
+                raise ValueError(
+                    f"max_runtime_minutes = {max_runtime_minutes:g} leaves no time for a step: the start has taken "
+                    f"{age:.0f} s up to here, and {SPARE_S:g} s are kept for the end; raise it"
+                )
+            self._ends_at = time.monotonic() + left - age
 
     def interrupt(self, folder: Path | None = None) -> None:
         """From here on a signal raises `TooEarly`; so does at once what was asked for already.
@@ -160,6 +170,7 @@ class StopSignals:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1 and self._stage is Stage.TRAINING:
+                self._say_that_it_ends()
                 raise KeyboardInterrupt
         self._raise_once()
 
@@ -196,8 +207,15 @@ class StopSignals:
 
     def _end_now(self) -> None:
         """A second Ctrl-C: at once where nothing can be spoilt, else as soon as the main thread may be stuck."""
+        self._say_that_it_ends()
         if self._stage in (Stage.LOADING, Stage.STARTING) or not self._over.wait(STUCK_S):
             self._leave(INTERRUPTED_STATUS)
+
+    def _say_that_it_ends(self) -> None:
+        if not self._said:
+            self._said = True
+            lost = "; what was trained after the newest checkpoint is lost" if self._stage is Stage.TRAINING else ""
+            _say(f"a second Ctrl-C: stopping at once{lost}")
 
     def _look_while_loading(self, news: bytes) -> None:
         """Nothing is there that an end could spoil, so it needs no main thread; but SIGUSR1 asks for a status that only
@@ -243,8 +261,7 @@ class StopSignals:
         return any(has_gone(pid, born) for pid, born in self.launchers.items())
 
     def _leave_early(self) -> None:
-        if _rank() == "0":
-            os.write(2, f"Reelpipe: {self._too_early()}\n".encode())  # no logger: the main thread may hold its lock
+        _say(str(self._too_early()))
         self._leave(self._status())
 
     def _leave(self, status: int) -> None:
@@ -277,6 +294,13 @@ _BY_STAGE: dict[Stage, Callable[[StopSignals, bytes], None]] = {
     Stage.TRAINING: lambda _, __: None,
     Stage.OVER: StopSignals._look_at_the_end,
 }
+
+
+def _say(words: str) -> None:
+    """On rank 0, without a logger: the main thread may hold its lock."""
+    with suppress(OSError):  # the terminal may be what has gone, or take nothing
+        if _rank() == "0" and select.select([], [2], [], LOOK_S)[1]:
+            os.write(2, f"Reelpipe: {words}\n".encode())
 
 
 def _rank() -> str:

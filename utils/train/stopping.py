@@ -43,6 +43,8 @@ SPARE_S = 20.0  # for the last words, and for processes to end
 
 def reason(asked: Decision) -> str:
     """What is told of a stop; empty where a signal file asked for it, which is told by the file's name."""
+    if asked & (Decision.INTERRUPTED | Decision.HUNG_UP):
+        asked &= ~(Decision.TERMINATED | Decision.ORPHANED)  # launchers pass it on so, and end
     return " and ".join(words for cause, words in REASONS.items() if asked & cause)
 
 

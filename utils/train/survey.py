@@ -22,7 +22,7 @@ from utils.data.findings import TRAIN_AND_EVAL, Finding, Measured, findings
 from utils.data.inspection import LOOKS_FILE, look_at, view_of
 from utils.data.keys import Keys
 from utils.data.listing import Skipped
-from utils.data.manifest import Count, Group, Job, Manifest, uses_left_out
+from utils.data.manifest import Count, Group, Job, Manifest, black_mask, uses_left_out
 from utils.data.masks import MaskJob
 from utils.data.plan import EpochPlan
 from utils.data.precache import precache
@@ -129,18 +129,18 @@ def try_masks(survey: Survey, store: CacheStore, progress: Progress) -> None:
     others under which nothing would be trained."""
     wanted, known = masks_of(survey), known_black(store.root)
     by_clip = [[job.key for job in masks_by_turn(survey, clip)] for _, clip in survey.clips]
-    # a black mask is made again where it takes its clip with it, to tell why
-    spared = known.difference(*(keys for keys in by_clip if known.issuperset(keys)))
-    absent = lacking(store, MASK, wanted) - spared
-    failed, survey.black = _make_masks(survey, store, [wanted[key] for key in wanted if key in absent], progress)
-    survey.black |= spared
+    absent = lacking(store, MASK, wanted) - known
+    failed, black = _make_masks(survey, store, [wanted[key] for key in wanted if key in absent], progress)
+    survey.black = black | known.intersection(wanted)
+    failed |= {key: black_mask(wanted[key]) for key in survey.black}
     lost: dict[tuple[str, Skipped], None] = {}  # a file's clips may all fail for one reason
     kept, left_out = [], []
     for (name, clip), keys in zip(survey.clips, by_clip, strict=True):
-        unusable = [key for key in keys if key in failed or key in survey.black]
+        unusable = [key for key in keys if key in failed]
         if unusable and (len(unusable) == len(keys) or not survey.black.issuperset(unusable)):
-            why = next(failed[key] for key in unusable if key in failed)
-            lost[name, why._replace(reason=f"as the mask of {clip.media.path.name}: {why.reason}")] = None
+            why = next(failed[key] for key in unusable)
+            mask = clip.media.mask.path if clip.media.mask else why.path  # masks of equal bytes are looked at once
+            lost[name, why._replace(path=mask, reason=f"as the mask of {clip.media.path.name}: {why.reason}")] = None
         else:
             kept.append((name, clip))
             left_out += [len(unusable)] if unusable else []

@@ -1,5 +1,6 @@
 """What the console shows around the training: introduction, cache, stages, buckets, and where everything is."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -56,7 +57,8 @@ def introduce(
 def cache(console: Console, prepared: Prepared, run_dir: Path | None) -> None:
     """What was encoded, and what is left out."""
     for kind, made in prepared.report.made.items():
-        show.show(console, show.cache_summary(made.encoded, sum(made), NOUNS.get(kind, f"{kind} item")))
+        if any(made):  # not where all masks are black
+            show.show(console, show.cache_summary(made.encoded, sum(made), NOUNS.get(kind, f"{kind} item")))
     if prepared.report.damaged:
         show.show(console, f"{show.counted(prepared.report.damaged, 'cache file')} damaged, made anew")
     for notice in (notice for manifest in prepared.manifests.values() for notice in manifest.notices):
@@ -89,7 +91,8 @@ def plan(console: Console, config: RunConfig, family: ModelFamily, run: Run, ran
     epoch(console, run.plan, family.tokens)
     total, left = run.settings.total_steps, max(run.settings.total_steps - run.state.step, 0)
     to_go = f", {left} to go" if left else f", {run.state.step} done: raise epochs or max_steps to train on"
-    show.show(console, f"{show.counted(total, 'step')} in all" + (to_go if left != total else ""))
+    is_told = left == total or run.state.step > total  # `assemble.tell_of_end` warns of that
+    show.show(console, f"{show.counted(total, 'step')} in all" + ("" if is_told else to_go))
     epochs = run.plan.epoch_of(max(total - run.state.data_start - 1, 0))
     held_out = [entry.bucket for eval_set in run.eval_sets for entry in eval_set.dataset.entries]
     for note in over_budget(config, run.plan, family.tokens, held_out):
@@ -165,13 +168,15 @@ def _plain(number: Fraction) -> int | float:
     return number.numerator if number.denominator == 1 else float(number)
 
 
-def start_command(ranks: int, words: Sequence[str], nodes: int = 1) -> str:
+def start_command(ranks: int, words: Sequence[str], nodes: int = 1, by_torchrun: bool = False) -> str:
     """How this run was started, as far as the same run needs it again: its config and its overrides."""
     kept = [words[i : i + 2] for i, word in enumerate(words[:-1]) if word in ("--config", "--set")]
     kept += [[word] for word in words if word.startswith(("--config=", "--set="))]
     pairs = " ".join(quoted(word) for pair in kept for word in pair)
     if nodes > 1:  # each by its own launcher, or all by one that was given a list of hosts
         return f"(on {nodes} nodes, launched as before) train.py --deepspeed {pairs}"
+    if by_torchrun:
+        return f"torchrun --nproc_per_node={ranks} train.py {pairs}"
     return f"deepspeed --num_gpus={ranks} train.py --deepspeed {pairs}"
 
 
@@ -186,6 +191,13 @@ def trained(config: RunConfig) -> str:
     return TITLES[config.adapter.type] if config.adapter else "model"
 
 
+def resume_name(output_dir: Path, run_dir: Path) -> str:
+    """How `--resume_from_checkpoint` finds it, for a shell: by its name, or where it was named by a path, by that."""
+    there = output_dir / run_dir.name
+    is_inside = there == run_dir or (there.is_dir() and there.samefile(run_dir))
+    return shlex.quote(run_dir.name if is_inside else str(run_dir))
+
+
 def goodbye(console: Console, config: RunConfig, run: Run, finished: bool) -> None:
     """Where everything is and what to run next."""
     if not dist.is_main():
@@ -197,12 +209,13 @@ def goodbye(console: Console, config: RunConfig, run: Run, finished: bool) -> No
     if run.checkpointed is not None:
         paths["checkpoint"] = run.checkpointed
     paths["numbers"] = run.run_dir / "metrics.jsonl"
-    start = start_command(dist.world_size(), sys.argv, dist.world_size() // dist.ranks_here())
+    nodes, by_torchrun = dist.world_size() // dist.ranks_here(), "TORCHELASTIC_RUN_ID" in os.environ
+    start = start_command(dist.world_size(), sys.argv, nodes, by_torchrun)
     totals = "epochs and max_steps" if config.max_steps else "epochs"
     onward = f"go on (raise {totals} first)" if finished else "go on"
     commands = {
         "see the curves": f"tensorboard --logdir {shlex.quote(str(run.run_dir.parent))}",
-        onward: f"{start} --resume_from_checkpoint {run.run_dir.name}",
+        onward: f"{start} --resume_from_checkpoint {resume_name(config.output_dir, run.run_dir)}",
     }
     lacking = ", but there is no checkpoint of the last step" if run.last_checkpoint != run.state.step else ""
     show.show(console, show.closing_panel(paths, commands, title=f"Done{lacking}" if finished else "Stopped"))

@@ -32,18 +32,37 @@ def trial(family: ModelFamily, settings: EngineSettings) -> list[str] | None:
     sample = small.blank_sample(2 * spec.pixel_multiple, 2 * spec.pixel_multiple, spec.frame_stride + 1)
     if sample is None:
         return None
-    dtype, device = str(family.compute_dtype).removeprefix("torch."), dist.device_name()
-    what = f"[model] dtype = '{dtype}': a block of {family.title}"
+    settings = _as_trained(settings)
+    wrong = _wrong(small, settings, sample)
+    if wrong is None:
+        return []
+    what, (trouble, mend) = f"[model] dtype = {_name(family.compute_dtype)}", wrong
+    adapter = settings.adapter
+    if adapter is not None and adapter.dtype != torch.float32:
+        usual = replace(settings, adapter=replace(adapter, dtype=torch.float32))
+        if _wrong(small, usual, sample) is None:
+            what = f"[adapter] dtype = {_name(adapter.dtype)} with {what}"
+            mend = "set [adapter] dtype = 'float32'"
+    return [f"{what}: a block of {family.title} {trouble}; {mend}"]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return repr(str(dtype).removeprefix("torch."))
+
+
+def _wrong(family: ModelFamily, settings: EngineSettings, sample: dict[str, torch.Tensor]) -> tuple[str, str] | None:
+    """What a block does that it should not, and the mend."""
+    device = dist.device_name()
     try:
-        bad = _run(small, _as_trained(settings), sample)
+        bad = _run(family, settings, sample)
     except (RuntimeError, ValueError, TypeError, ImportError) as error:
         logger.debug("the trial of a block", exc_info=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         mend = "choose another dtype, or install a torch that is built for this device"
         if is_out_of_memory(error):
             mend = "end what else runs there"
-        return [f"{what} does not run on {device} ({reason}); {mend}"]
-    return [f"{what} gives no finite numbers on {device}, first in {bad[0]}; choose another dtype"] if bad else []
+        return f"does not run on {device} ({reason})", mend
+    return (f"gives no finite numbers on {device}, first in {bad[0]}", "choose another dtype") if bad else None
 
 
 def _as_trained(settings: EngineSettings) -> EngineSettings:

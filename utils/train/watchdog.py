@@ -257,9 +257,9 @@ class Watchdog:
         )
         tell_launcher(text)
         if narrator == self.rank:
-            logger.error("%s", text)
-            with suppress(OSError):
+            with suppress(OSError):  # before it is told: a terminal that takes nothing may be the stall
                 (folder / f"{stamp}.txt").write_text(text + "\n", encoding="utf-8")
+            logger.error("%s", text)
         else:
             logger.debug("%s", text)
             deadline = time.monotonic() + GATHER_S
