@@ -1,5 +1,6 @@
 """The nouns of listing what a [[directory]] names, and what messages say of them: Item, Skipped, Listing."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -41,6 +42,12 @@ class Listing(NamedTuple):
     items: list[Item]
     skipped: list[Skipped]
     notices: list[str]
+
+
+def shown(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What lies in `folder` and is not hidden, by name. Raises `OSError`."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
 
 def plural(count: int, noun: str) -> str:

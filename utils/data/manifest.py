@@ -86,6 +86,19 @@ class Manifest:
         """Of the samples: the same for equal content, frames, shapes and captions, wherever the files lie."""
         return hashlib.blake2b("".join(sorted(e.sample_id for e in self.entries)).encode(), digest_size=16).hexdigest()
 
+    def keys(self) -> dict[str, set[str]]:
+        """Everything that its samples need of the cache, whether it is there or not, by kind."""
+        keys: dict[str, set[str]] = {kind: set() for kind in self.jobs}
+        for entry in self.entries:
+            for kind, key in entry.media():
+                keys.setdefault(kind, set()).add(key)
+            for kind, more in ((TEXT, entry.text_keys), (MASK, entry.mask_keys)):
+                if more:
+                    keys.setdefault(kind, set()).update(more)
+        if self.empty_text_key:
+            keys.setdefault(TEXT, set()).add(self.empty_text_key)
+        return keys
+
     def without(self, failed: Mapping[str, Skipped]) -> "Manifest":
         """Less the entries of which anything could not be made; `failed` is the cache's key -> why. Uses that are lost
         to black masks are no such thing, see `settled`."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.data.captions import Unusable
 from utils.data.image import opened
-from utils.data.listing import some
+from utils.data.listing import shown, some
 from utils.data.media import IMAGE_SUFFIXES, MEDIA_SUFFIXES
 from utils.data.media_types import Probe
 from utils.data.records import Mask, MediaFile
@@ -66,14 +66,13 @@ def _files(folder: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[st
     here = folder / inside
     try:
         info = here.stat()
-        with os.scandir(here) as entries:
-            shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        entries = shown(here)
     except OSError as error:
         raise ValueError(f"mask_path: {here} cannot be read ({error.strerror}); change its rights") from error
     if (info.st_dev, info.st_ino) in seen:  # a link; it may lead in a circle
         return
     seen.add((info.st_dev, info.st_ino))
-    for entry in shown:
+    for entry in entries:
         if os.path.isdir(entry):
             yield from _files(folder, f"{inside}{entry.name}/", seen)
         elif os.path.splitext(entry.name)[1].lower() in MEDIA_SUFFIXES:

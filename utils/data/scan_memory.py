@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -17,8 +17,8 @@ import PIL
 
 from utils.data.archives import ARCHIVE_SUFFIX
 from utils.data.cache import CacheStore, encoded
+from utils.data.listing import shown
 from utils.data.manifest import Manifest
-from utils.data.records import MASK, TEXT
 from utils.data.scan import ScanSettings
 from utils.data.whole import lacking
 
@@ -61,7 +61,7 @@ class ScanMemory:
         except (OSError, ValueError, LookupError, TypeError) as error:
             logger.debug("%s cannot be read, so the dataset is scanned: %s", self._path, error)
             return None
-        complete = not any(lacking(self._store, kind, keys) for kind, keys in _keys(manifest).items())
+        complete = not any(lacking(self._store, kind, keys) for kind, keys in manifest.keys().items())
         return manifest if complete else None
 
     def keep(self, manifest: Manifest) -> None:
@@ -75,28 +75,14 @@ class ScanMemory:
         except OSError as error:
             logger.debug("what the dataset came to cannot be remembered: %s", error)
             return
-        by_use = sorted(self._path.parent.glob("*.json"), key=_used, reverse=True)
-        sizes = accumulate(map(_size, by_use))
-        _remove([path for path, size in zip(by_use, sizes, strict=True) if size > _MOST_BYTES])
+        found = sorted(_found(self._store.root), reverse=True)  # the newest first
+        sizes = accumulate(size for _, size, _ in found)
+        _remove([path for (_, _, path), size in zip(found, sizes, strict=True) if size > _MOST_BYTES])
 
 
 def forget_scans(root: Path, since: float) -> None:
     """Take what no start has used after `since`, s since the epoch, out of the cache at `root`."""
-    _remove([path for path in (root / SCANS_FOLDER).glob("*.json") if _used(path) < since])
-
-
-def _keys(manifest: Manifest) -> dict[str, Collection[str]]:
-    """Everything that must be in the cache, by kind."""
-    keys: dict[str, set[str]] = {kind: set() for kind in manifest.jobs}
-    for entry in manifest.entries:
-        for kind, key in entry.media():
-            keys[kind].add(key)
-        for kind, more in ((TEXT, entry.text_keys), (MASK, entry.mask_keys)):
-            if more:
-                keys[kind].update(more)
-    if manifest.empty_text_key:
-        keys[TEXT].add(manifest.empty_text_key)
-    return keys
+    _remove([path for used, _, path in _found(root) if used < since])
 
 
 # --- what the files look like -----------------------------------------------------------------------------------------
@@ -128,10 +114,9 @@ def _walk(folder: str, deeper: bool, now_ns: int, rows: list[str], above: set[tu
         rows.append(f"{folder} {info.st_dev} {info.st_ino}")
         return
     above.add((info.st_dev, info.st_ino))
-    with os.scandir(folder) as entries:
-        shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    rows.append(f"{folder} {len(shown)}")
-    for entry in shown:
+    entries = shown(folder)
+    rows.append(f"{folder} {len(entries)}")
+    for entry in entries:
         if entry.name.lower().endswith(ARCHIVE_SUFFIX):
             raise _NotSeen  # it must be looked at, or it would be taken for one that nobody uses
         try:
@@ -163,20 +148,14 @@ def _code() -> list[str]:
     return [digest.hexdigest(), av.__version__, PIL.__version__]
 
 
-def _used(path: Path) -> float:
-    """When, s since the epoch by the disk's clock."""
-    try:
-        return path.stat().st_mtime
-    except OSError:  # another start has just taken it away
-        return 0.0
-
-
-def _size(path: Path) -> int:
-    """Bytes."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+def _found(root: Path) -> list[tuple[float, int, Path]]:
+    """When it was used, s since the epoch by the disk's clock, and the bytes of each that is remembered."""
+    found = []
+    for path in (root / SCANS_FOLDER).glob("*.json"):
+        with contextlib.suppress(OSError):  # another start has just taken it away
+            told = path.stat()
+            found.append((told.st_mtime, told.st_size, path))
+    return found
 
 
 def _remove(paths: Sequence[Path]) -> None:

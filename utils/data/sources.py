@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.data.archives import ARCHIVE_SUFFIX, Archives
 from utils.data.captions import CAPTIONS_FILE, Unusable, Weighted, read_captions_json
 from utils.data.index_file import READERS, list_index
-from utils.data.listing import Item, Listing, Skipped, plural, some
+from utils.data.listing import Item, Listing, Skipped, plural, shown, some
 from utils.data.mask_files import MaskFolder
 from utils.data.media import MEDIA_SUFFIXES
 
@@ -135,8 +135,7 @@ class _Lister:
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         try:
-            with os.scandir(folder) as entries:
-                return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+            return shown(folder)
         except OSError as error:
             self.skipped.append(Skipped(folder, f"cannot be listed ({error.strerror})", bad=True))
             return []

@@ -24,14 +24,7 @@ class Use(NamedTuple):
 
 def keys_of(manifests: Iterable[Manifest]) -> set[str]:
     """All that the datasets need, whether it is there or not."""
-    keys: set[str] = set()
-    for manifest in manifests:
-        for entry in manifest.entries:
-            keys.update(entry.media_keys)
-            keys.update(entry.text_keys)
-            keys.update(entry.mask_keys)
-        keys.update(filter(None, [manifest.empty_text_key]))
-    return keys
+    return set().union(*(keys for manifest in manifests for keys in manifest.keys().values()))
 
 
 def record_use(root: Path, keys: Iterable[str], name: str) -> None:
